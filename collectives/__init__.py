@@ -1,0 +1,1 @@
+"""Schedules, the engine that runs them, transports, membership and the communicator."""

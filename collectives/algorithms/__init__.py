@@ -1,0 +1,1 @@
+"""Collective algorithms: each is a function that returns a Schedule."""

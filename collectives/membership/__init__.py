@@ -1,0 +1,1 @@
+"""Who is here: coordinator and member state machines, their journal and their I/O."""

@@ -1,0 +1,1 @@
+"""Transports: how the bytes of one epoch move between its members."""

@@ -1,0 +1,1 @@
+"""The command line, launchers, the training job and churn."""

@@ -1,0 +1,1 @@
+"""Layouts and the plans built on them."""
