@@ -1,0 +1,533 @@
+"""The coordinator's half of the membership protocol, as a pure state machine.
+
+It acts when membership changes and carries no tensor data. Events come in by method calls with the time as a number,
+actions go out as a list whose order matters: a `Persist` is durable before anything behind it is done (rule R3).
+`server.py` drives it with sockets, a clock and the journal; the simulation in the tests with none of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from collectives.membership.protocol import (
+    Admit,
+    Alive,
+    Beat,
+    Decision,
+    Differs,
+    Evict,
+    FromCoordinator,
+    FromPeer,
+    Inspect,
+    Join,
+    LaneFrontier,
+    LaneReport,
+    LaneStatus,
+    Leave,
+    LinkDown,
+    MemberInfo,
+    MemberStatus,
+    Prepare,
+    Prepared,
+    Record,
+    Refused,
+    Report,
+    Resume,
+    Stalled,
+    Status,
+    Verdict,
+    Waiting,
+    Welcome,
+)
+from collectives.membership.stalls import judge_stall, link_to_evict
+from collectives.options import Options
+
+Connection = int
+"""Names one connection; the driver never reuses a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Append to the journal and fsync before going on."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send to one peer."""
+
+    connection: Connection
+    message: FromCoordinator
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Close a connection after what was sent on it."""
+
+    connection: Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the coordinator: going on could do harm."""
+
+    reason: str
+
+
+Action = Persist | Send | Close | Stop
+
+
+@dataclass(slots=True)
+class Peer:
+    """A peer that the coordinator knows: a member of the epoch, or one that waits to be."""
+
+    info: MemberInfo
+    connection: Connection | None
+    heard: float
+    lanes: list[LaneStatus] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Change:
+    """A membership change under way: number, who must report, what they reported."""
+
+    epoch: int
+    members: tuple[int, ...]
+    reports: dict[int, Report] = field(default_factory=dict)
+
+
+class Coordinator:
+    """State of one run's membership.
+
+    `digest` turns a member's secret into its public nonce, `fresh_nonce` names epochs; both are given so that a
+    simulation is repeatable.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        options: Options,
+        records: Sequence[Record],
+        now: float,
+        digest: Callable[[bytes], bytes],
+        fresh_nonce: Callable[[], bytes],
+    ) -> None:
+        self.run = run
+        self.options = options
+        self._digest = digest
+        self._fresh_nonce = fresh_nonce
+        self.peers: dict[int, Peer] = {}
+        self.decision: Decision | None = None
+        self.change: Change | None = None
+        self.highest = 0
+        self._next_member = 1
+        self._safe: set[int] = set()
+        self._verdicts: dict[tuple[str, int], Verdict] = {}
+        self._broken: dict[tuple[int, int], float] = {}
+        self._repaired: dict[frozenset[int], int] = {}
+        self._left: set[int] = set()
+        self._transports: dict[int, str] = {}
+        self._connections: dict[Connection, int] = {}
+        self._announced_waiting = 0
+        self._ticked = now
+        self._restore(records, now)
+
+    # --- views ---
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Members of the last decided epoch that are still taken for alive, in rank order."""
+        if self.decision is None:
+            return ()
+        return tuple(info.member for info in self.decision.members if info.member in self.peers)
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Peers that wait for a place, in order of arrival."""
+        current = set(self.members)
+        return tuple(m for m in self.peers if m not in current)
+
+    def status(self, now: float) -> Status:
+        """Tell people what is going on."""
+        ranks = {member: rank for rank, member in enumerate(self.members)}
+        rows = [
+            MemberStatus(m, ranks.get(m, -1), self._state(m), now - peer.heard, peer.lanes)
+            for m, peer in self.peers.items()
+        ]
+        epoch = self.decision.epoch if self.decision else 0
+        return Status(self.run, epoch, self.change.epoch if self.change else 0, len(self.waiting), rows)
+
+    def _state(self, member: int) -> str:
+        if self.peers[member].connection is None:
+            return "disconnected"
+        if member in self.waiting:
+            return "waiting to be admitted"
+        if self.change and member in self.change.members:
+            return "reported" if member in self.change.reports else "asked to report"
+        return "at a safe point" if member in self._safe else "member"
+
+    # --- events ---
+
+    def on_message(self, connection: Connection, message: FromPeer, now: float) -> list[Action]:
+        """Handle one message of an authenticated connection."""
+        if isinstance(message, Join):
+            return self._join(connection, message, now)
+        if isinstance(message, Resume):
+            return self._resume(connection, message, now)
+        if isinstance(message, Inspect):
+            return [Send(connection, self.status(now))]
+        member = self._connections.get(connection)
+        if member is None:
+            return [Send(connection, Refused("say Join or Resume first")), Close(connection)]
+        peer = self.peers[member]
+        peer.heard = now
+        match message:
+            case Beat():
+                peer.lanes = message.lanes
+                return [Send(connection, Alive())]
+            case Report():
+                return self._reported(member, message)
+            case Admit():
+                return self._at_safe_point(member, message)
+            case LinkDown():
+                return self._link_down(member, message, now)
+            case Differs():
+                return self._differs(member, message)
+            case Stalled():
+                return self._stalled(member, message)
+            case Leave():
+                self._left.add(member)
+                bye = Evict("left", f"member {member} left: {message.reason}")
+                return [Send(connection, bye), *self._lose([member], "left")]
+            case _:
+                return [Send(connection, Refused(f"unexpected {type(message).__name__}")), Close(connection)]
+
+    def on_closed(self, connection: Connection, now: float) -> list[Action]:
+        """Handle the end of a connection: the kernel closes a dead process' sockets, so its peer is lost at once."""
+        member = self._connections.pop(connection, None)
+        if member is None or self.peers[member].connection != connection:
+            return []
+        return self._lose([member], "its connection to the coordinator closed")
+
+    def on_tick(self, now: float) -> list[Action]:
+        """Look at the deadlines; call it several times per heartbeat."""
+        gap, self._ticked = now - self._ticked, now
+        limit = self.options.heartbeat_timeout
+        if gap > limit / 2:
+            # We slept (R12): the silence is ours, not theirs.
+            for peer in self.peers.values():
+                peer.heard = now
+        silent = [m for m, peer in self.peers.items() if now - peer.heard > limit]
+        if len(silent) == len(self.peers):
+            # Everybody at once: more likely our own network than all of them. Nobody is evicted.
+            for peer in self.peers.values():
+                peer.heard = now
+            silent = []
+        actions = self._lose(silent, f"silent for more than {limit:g} s") if silent else []
+        return actions + self._mend_links(now)
+
+    # --- joining ---
+
+    def _join(self, connection: Connection, message: Join, now: float) -> list[Action]:
+        if connection in self._connections:
+            return [Send(connection, Refused("this connection has joined already")), Close(connection)]
+        transport = self._transport()
+        if transport and transport != message.transport:
+            reason = f"this run uses transport {transport!r}, the peer wants {message.transport!r}"
+            return [Send(connection, Refused(reason)), Close(connection)]
+        member = self._next_member
+        self._next_member += 1
+        info = MemberInfo(member, message.nonce, message.host, message.port, False)
+        self.peers[member] = Peer(info, connection, now)
+        self._transports[member] = message.transport
+        self._connections[connection] = member
+        return [Send(connection, Welcome(member)), *self._consider()]
+
+    def _resume(self, connection: Connection, message: Resume, now: float) -> list[Action]:
+        newest = max(message.epoch, message.promised)
+        peer = self.peers.get(message.member)
+        if peer is None or self._digest(message.secret) != peer.info.nonce:
+            known = self.decision.epoch if self.decision else 0
+            if message.epoch > known:
+                return [self._stale(message)]
+            reason = f"member {message.member} was taken for dead and is no longer part of run {self.run!r}; join again"
+            return [Send(connection, Evict("evicted", reason)), Close(connection)]
+        if newest > self.highest:
+            return [self._stale(message)]
+        actions: list[Action] = []
+        if peer.connection is not None:
+            self._connections.pop(peer.connection, None)
+            actions.append(Close(peer.connection))
+        peer.connection, peer.heard = connection, now
+        self._connections[connection] = message.member
+        assert self.decision is not None
+        if message.epoch < self.decision.epoch:
+            actions.append(Send(connection, self.decision))
+        actions.append(Send(connection, Waiting(len(self.waiting))))
+        if self.change and message.member in self.change.members:
+            return [*actions, Send(connection, Prepare(self.change.epoch, list(self.change.members)))]
+        if message.promised > self.decision.epoch and self.change is None:
+            # It fenced for a change that died with the last coordinator: only a new one frees it.
+            return actions + self._begin()
+        return actions
+
+    def _stale(self, message: Resume) -> Stop:
+        return Stop(
+            f"member {message.member} has seen epoch {max(message.epoch, message.promised)}, the journal ends at "
+            f"{self.highest}: this journal is old; start the coordinator on the newest one"
+        )
+
+    def _transport(self) -> str:
+        """Name of the transport of the run: the epoch's, else that of the first peer that waits."""
+        for member in (*self.members, *self.waiting):
+            return self._transports[member]
+        return ""
+
+    # --- changes (rule R3) ---
+
+    def _consider(self) -> list[Action]:
+        """Begin a change if one is due, else tell the members how many peers wait."""
+        if self.change is not None:
+            return self._tell_waiting()
+        members, waiting = self.members, self.waiting
+        if members:
+            return self._begin() if self._safe.issuperset(members) else self._tell_waiting()
+        founding = self.decision is None or self.decision.ended
+        if waiting and len(waiting) >= (self.options.founders if founding else self.options.min_members):
+            return self._begin()
+        return []
+
+    def _begin(self) -> list[Action]:
+        """Start a change with those who are alive; its number was never used."""
+        members = self.members
+        joiners = self.waiting if not members or self._safe.issuperset(members) else ()
+        listed = members + joiners
+        if short := self._too_few(len(members), len(listed)):
+            return self._dissolve(short)
+        self.highest += 1
+        self.change = Change(self.highest, listed)
+        prepare = Prepare(self.highest, list(listed))
+        return [Persist(Prepared(self.highest)), *self._broadcast(listed, prepare)]
+
+    def _too_few(self, survivors: int, listed: int) -> str:
+        if self.decision is None or not self.decision.members:
+            return ""
+        before = len(self.decision.members)
+        if self.options.quorum and 2 * survivors <= before:
+            return f"{survivors} of {before} members are left and `quorum` asks for more than half"
+        if listed < self.options.min_members:
+            return f"{listed} members are left and `min_members` is {self.options.min_members}"
+        return ""
+
+    def _dissolve(self, reason: str) -> list[Action]:
+        """Refuse to go on: every member is told, and the run is founded anew by whoever joins next."""
+        members = self.members
+        actions: list[Action] = []
+        for member in members:
+            connection = self.peers[member].connection
+            if connection is not None:
+                actions += [Send(connection, Evict("quorum", reason)), Close(connection)]
+            self._forget(member)
+        return self._empty(ended=False) + actions + self._consider()
+
+    def _reported(self, member: int, report: Report) -> list[Action]:
+        change = self.change
+        if change is None or report.epoch != change.epoch or member not in change.members:
+            return []
+        change.reports[member] = report
+        if len(change.reports) < len(change.members):
+            return []
+        return self._decide(change)
+
+    def _decide(self, change: Change) -> list[Action]:
+        before = tuple(i.member for i in self.decision.members) if self.decision else ()
+        founding = self.decision is None or self.decision.ended
+        survivors = [m for m in change.members if m in before]
+        joined = [m for m in change.members if m not in before]
+        lanes = frontiers({m: change.reports[m].lanes for m in survivors})
+        infos = [self.peers[m].info for m in change.members]
+        if founding:
+            infos = [MemberInfo(i.member, i.nonce, i.host, i.port, True) for i in infos]
+            for info in infos:
+                self.peers[info.member].info = info
+        verdicts = [
+            v for v in self._verdicts.values() if v.lane not in lanes or lanes[v.lane].complete < v.seq
+        ]
+        decision = Decision(
+            epoch=change.epoch,
+            nonce=self._fresh_nonce(),
+            members=infos,
+            lost=[m for m in before if m not in change.members],
+            joined=joined,
+            lanes=lanes,
+            verdicts=verdicts,
+            admitted=bool(survivors) and self._safe.issuperset(survivors),
+            next_member=self._next_member,
+            transport=self._transport(),
+        )
+        self._settle(decision)
+        return [Persist(decision), *self._broadcast(change.members, decision), *self._consider()]
+
+    def _settle(self, decision: Decision) -> None:
+        self.decision, self.change = decision, None
+        self._safe.clear()
+        self._verdicts.clear()
+        self._broken.clear()
+        self._left.clear()
+        self._announced_waiting = 0
+
+    def _lose(self, members: Sequence[int], why: str) -> list[Action]:
+        """Take these peers for dead; a change under way starts again without them under a new number."""
+        present = set(self.members)
+        actions: list[Action] = []
+        for member in members:
+            connection = self.peers[member].connection
+            if connection is not None:
+                self._connections.pop(connection, None)
+                if member not in self._left:
+                    reason = f"member {member} was taken for dead: {why}; join again"
+                    actions.append(Send(connection, Evict("evicted", reason)))
+                actions.append(Close(connection))
+            self._forget(member)
+        if present and not self.members:
+            return actions + self._empty(ended=self._left.issuperset(present)) + self._consider()
+        if present.intersection(members) or (self.change and set(self.change.members).intersection(members)):
+            self.change = None
+            # Only joiners of a founding may be gone, then nobody is left to begin with.
+            return actions + (self._begin() if self.members else self._consider())
+        return actions + self._consider()
+
+    def _forget(self, member: int) -> None:
+        peer = self.peers.pop(member)
+        self._transports.pop(member, None)
+        self._safe.discard(member)
+        if peer.connection is not None:
+            self._connections.pop(peer.connection, None)
+
+    def _empty(self, ended: bool) -> list[Action]:
+        """Nobody is left; journal it, so that a restart does not wait for the dead."""
+        self.highest += 1
+        before = [i.member for i in self.decision.members] if self.decision else []
+        decision = Decision(
+            epoch=self.highest,
+            nonce=self._fresh_nonce(),
+            members=[],
+            lost=before,
+            joined=[],
+            lanes={},
+            verdicts=[],
+            admitted=False,
+            next_member=self._next_member,
+            transport="",
+            ended=ended,
+        )
+        self._settle(decision)
+        return [Persist(decision)]
+
+    # --- what members tell ---
+
+    def _at_safe_point(self, member: int, message: Admit) -> list[Action]:
+        if self.decision is None or message.epoch != self.decision.epoch or member not in self.members:
+            return []
+        self._safe.add(member)
+        return self._consider()
+
+    def _differs(self, member: int, message: Differs) -> list[Action]:
+        if self.decision is None or message.epoch != self.decision.epoch or member not in self.members:
+            return []
+        if message.lost:
+            text = f"operation {message.seq} of lane {message.lane!r} was issued by some members before a loss"
+            verdict = Verdict(message.lane, message.seq, "lost", text)
+        else:
+            text = (
+                f"operation {message.seq} of lane {message.lane!r}: member {member} called {message.mine}, "
+                f"member {message.other} called {message.theirs}; make every member call the same"
+            )
+            verdict = Verdict(message.lane, message.seq, "mismatch", text[:2000])
+        self._verdicts.setdefault((message.lane, message.seq), verdict)
+        return [] if self.change else self._begin()
+
+    def _link_down(self, member: int, message: LinkDown, now: float) -> list[Action]:
+        if self.decision is None or message.epoch != self.decision.epoch or self.change:
+            return []
+        self._broken.setdefault((member, message.peer), now)
+        return []
+
+    def _mend_links(self, now: float) -> list[Action]:
+        """Rule R11: one change with the same members; if a link fails again, evict one of its ends.
+
+        A link that broke because its other end died is left to the loss itself, which is noticed in the meantime.
+        """
+        due = [pair for pair, since in self._broken.items() if now - since >= self.options.heartbeat]
+        if not due or self.change:
+            return []
+        bad = {frozenset(pair) for pair in self._broken}
+        again = sorted(bad.intersection(self._repaired), key=sorted)
+        for link in bad:
+            self._repaired[link] = self._repaired.get(link, 0) + 1
+        if not again:
+            return self._begin()
+        victim = link_to_evict(again[0], bad)
+        if victim not in self.members:
+            return self._begin()
+        return self._lose([victim], f"its links to {sorted(again[0] - {victim})} failed twice")
+
+    def _stalled(self, member: int, message: Stalled) -> list[Action]:
+        if self.decision is None or message.epoch != self.decision.epoch or self.change:
+            return []
+        lanes = {m: {s.lane: s for s in self.peers[m].lanes} for m in self.members}
+        absent, crossed = judge_stall(lanes, message.lane, message.seq)
+        if crossed:
+            for lane, seq in crossed:
+                text = f"operations {crossed} (lane, number) wait for each other on different members"
+                self._verdicts.setdefault((lane, seq), Verdict(lane, seq, "crossed", text))
+            return self._begin()
+        if absent:
+            late = f"absent from operation {message.seq} of lane {message.lane!r} for {self.options.op_timeout:g} s"
+            return self._lose(absent, late)
+        # Everybody is in it and it does not move: some link is dead without a sound.
+        self._broken.setdefault((member, member), self._ticked - self.options.heartbeat)
+        return self._mend_links(self._ticked)
+
+    def _tell_waiting(self) -> list[Action]:
+        waiting = len(self.waiting)
+        if waiting == self._announced_waiting:
+            return []
+        self._announced_waiting = waiting
+        return self._broadcast(self.members, Waiting(waiting))
+
+    def _broadcast(self, members: Sequence[int], message: FromCoordinator) -> list[Action]:
+        connections = (self.peers[m].connection for m in members)
+        return [Send(c, message) for c in connections if c is not None]
+
+    def _restore(self, records: Sequence[Record], now: float) -> None:
+        """Read the journal (rule R12): numbers never go back, the last decision stands, everybody gets time."""
+        for record in records:
+            self.highest = max(self.highest, record.epoch)
+            if isinstance(record, Decision):
+                self.decision = record
+                self._next_member = record.next_member
+        if self.decision is not None:
+            for info in self.decision.members:
+                self.peers[info.member] = Peer(info, None, now)
+                self._transports[info.member] = self.decision.transport
+
+
+def frontiers(reports: dict[int, dict[str, LaneReport]]) -> dict[str, LaneFrontier]:
+    """Rule R3: per lane the highest complete operation, or the one behind it if all survivors staged that attempt.
+
+    Args:
+        reports: per survivor, its lanes; a survivor without a lane never used it.
+
+    """
+    lanes: dict[str, LaneFrontier] = {}
+    for name in sorted({name for lanes in reports.values() for name in lanes}):
+        rows = [report.get(name, LaneReport(0, 0, 0, 0, 0)) for report in reports.values()]
+        complete, epoch = max((row.complete, row.complete_epoch) for row in rows)
+        attempts = {(row.staged, row.staged_epoch) for row in rows}
+        if len(attempts) == 1:
+            staged, staged_epoch = attempts.pop()
+            if staged > complete:
+                complete, epoch = staged, staged_epoch
+        lanes[name] = LaneFrontier(complete, epoch, max(row.entered for row in rows))
+    return lanes
