@@ -26,6 +26,7 @@ from collectives.membership.protocol import (
     LinkDown,
     MemberInfo,
     MemberStatus,
+    Opened,
     Prepare,
     Prepared,
     Record,
@@ -350,9 +351,7 @@ class Coordinator:
             infos = [MemberInfo(i.member, i.nonce, i.host, i.port, True) for i in infos]
             for info in infos:
                 self.peers[info.member].info = info
-        verdicts = [
-            v for v in self._verdicts.values() if v.lane not in lanes or lanes[v.lane].complete < v.seq
-        ]
+        verdicts = [v for v in self._verdicts.values() if v.lane not in lanes or lanes[v.lane].complete < v.seq]
         decision = Decision(
             epoch=change.epoch,
             nonce=self._fresh_nonce(),
@@ -503,7 +502,8 @@ class Coordinator:
     def _restore(self, records: Sequence[Record], now: float) -> None:
         """Read the journal (rule R12): numbers never go back, the last decision stands, everybody gets time."""
         for record in records:
-            self.highest = max(self.highest, record.epoch)
+            if not isinstance(record, Opened):
+                self.highest = max(self.highest, record.epoch)
             if isinstance(record, Decision):
                 self.decision = record
                 self._next_member = record.next_member

@@ -13,22 +13,23 @@ from typing import IO, Self
 import msgspec
 
 from collectives.errors import JournalError
-from collectives.membership.protocol import Record
+from collectives.membership.protocol import VERSION, Opened, Record
 
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 
 class Journal:
-    """An open, locked journal. `records` are those that were there when it was opened.
+    """An open, locked journal of one run. `records` are those that were there when it was opened.
 
     Raises:
-        JournalError: the file is missing or empty and `new` is not set, holds records and `new` is set, is locked by
-            another coordinator, is damaged, or cannot be written.
+        JournalError: the file is missing or empty and `new` is not set, holds records and `new` is set, belongs to
+            another run or version, is locked by another coordinator, is damaged, or cannot be written.
 
     """
 
-    def __init__(self, path: Path, new: bool = False) -> None:
+    def __init__(self, path: Path, run: str, new: bool = False) -> None:
         self.path = path
+        opened = Opened(run, VERSION)
         if not new and not path.exists():
             raise JournalError(f"there is no journal at {path}; give the right path, or --new to start a new run")
         try:
@@ -46,9 +47,14 @@ class Journal:
                 raise JournalError(f"the journal {path} holds a run; go on with it without --new, or name another file")
             if not new and not self.records:
                 raise JournalError(f"the journal {path} is empty; give the right path, or --new to start a new run")
+            if self.records and self.records[0] != opened:
+                raise JournalError(f"the journal {path} is of {self.records[0]}, not of {opened}; name the right file")
         except JournalError:
             self._file.close()
             raise
+        if new:
+            self.append(opened)
+            _sync_folder(path.parent)
 
     def append(self, record: Record) -> None:
         """Write a record and wait until it is on disk. A failure is fatal: whether it is there cannot be known."""
@@ -58,7 +64,7 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise JournalError(f"cannot write the journal {self.path}: {error.strerror}; the coordinator ends") from None
+            raise JournalError(f"cannot write the journal {self.path}: {error.strerror}; stopping") from None
 
     def close(self) -> None:
         """Release the file and its lock."""
@@ -91,3 +97,12 @@ class Journal:
 
 def _checksum(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new file's name durable too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

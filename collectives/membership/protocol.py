@@ -279,6 +279,13 @@ class Status(Message, frozen=True):
 # --- journal ---------------------------------------------------------------------------------------------------------
 
 
+class Opened(Message, frozen=True):
+    """First record of a journal: whose it is."""
+
+    run: Name
+    version: Count
+
+
 class Prepared(Message, frozen=True):
     """Number `epoch` is used up, whatever becomes of the change."""
 
@@ -287,7 +294,7 @@ class Prepared(Message, frozen=True):
 
 FromPeer = Proof | Join | Resume | Beat | Report | LinkDown | Stalled | Differs | Admit | Leave | Inspect
 FromCoordinator = Challenge | Granted | Refused | Welcome | Waiting | Alive | Prepare | Decision | Evict | Status
-Record = Prepared | Decision
+Record = Opened | Prepared | Decision
 
 _from_peer: msgspec.msgpack.Decoder[FromPeer] = msgspec.msgpack.Decoder(FromPeer)
 _from_coordinator: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)

@@ -1,0 +1,197 @@
+"""The coordinator's process: sockets, clock and journal around the state machine of `coordinator.py`.
+
+`ringhold coordinator` runs it; a job's supervisor starts it as a child. It carries no tensor data.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from collectives.errors import JournalError, ProtocolError, RingholdError, UsageError
+from collectives.membership.coordinator import Action, Close, Coordinator, Persist, Send, Stop
+from collectives.membership.journal import Journal
+from collectives.membership.protocol import NONCE_BYTES, Decision, Evict, FromPeer, Prepared, decode_from_peer
+from collectives.membership.wire import HANDSHAKE_SECONDS, Channel, accept, public_nonce, server_tls
+from collectives.options import Options
+
+log = logging.getLogger("ringhold.coordinator")
+
+MAX_UNPROVEN = 256
+"""Connections that may be in their handshake at once; more are closed at once."""
+MAX_UNSENT = 4 << 20
+"""Bytes that may wait for a peer that does not read; then its connection is closed."""
+
+
+class CoordinatorServer:
+    """Serves one run on one address until it is stopped.
+
+    Args:
+        host, port: where to listen; port 0 takes a free one, `port` tells which.
+        journal: open journal of this run.
+        run: name of the run; peers of another are refused.
+        token: the shared secret.
+        options: timeouts, founders, TLS.
+
+    """
+
+    def __init__(self, host: str, port: int, journal: Journal, run: str, token: bytes, options: Options) -> None:
+        self.host, self.port = host, port
+        self._journal = journal
+        self._run, self._token = run, token
+        self._options = options
+        self._coordinator = Coordinator(
+            run, options, journal.records, time.monotonic(), public_nonce, lambda: os.urandom(NONCE_BYTES)
+        )
+        self._channels: dict[int, Channel] = {}
+        self._last_connection = 0
+        self._unproven = 0
+        self._stopped = asyncio.Event()
+        self._failure: RingholdError | None = None
+
+    async def start(self) -> None:
+        """Bind the socket. Raises `UsageError` if the address cannot be had."""
+        tls = server_tls(self._options)
+        try:
+            self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=tls, backlog=512)
+        except OSError as error:
+            why = "the port is in use" if error.errno == 98 else str(error)
+            raise UsageError(f"cannot listen on {self.host}:{self.port}: {why}; choose another --listen") from None
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def serve(self) -> None:
+        """Serve until `stop` or a failure that makes going on harmful, which is raised."""
+        ticker = asyncio.create_task(self._tick())
+        try:
+            await self._stopped.wait()
+        finally:
+            ticker.cancel()
+            self._server.close()
+            for channel in list(self._channels.values()):
+                channel.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End `serve`."""
+        self._stopped.set()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.heartbeat / 4)
+            self._perform(self._coordinator.on_tick(time.monotonic()))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        if self._unproven >= MAX_UNPROVEN:
+            writer.close()
+            return
+        self._unproven += 1
+        try:
+            channel = await asyncio.wait_for(accept(reader, writer, self._token, self._run), HANDSHAKE_SECONDS)
+        except (ProtocolError, TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+            log.warning("refused a connection from %s: %s", peer, error or "it was too slow")
+            writer.close()
+            return
+        finally:
+            self._unproven -= 1
+        self._last_connection += 1
+        connection = self._last_connection
+        self._channels[connection] = channel
+        try:
+            while True:
+                self._handle(connection, decode_from_peer(await channel.receive()))
+        except ProtocolError as error:
+            log.warning("closed the connection from %s: %s", peer, error)
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            if self._channels.pop(connection, None) is not None:
+                self._perform(self._coordinator.on_closed(connection, time.monotonic()))
+            channel.close()
+
+    def _handle(self, connection: int, message: FromPeer) -> None:
+        if connection in self._channels:
+            self._perform(self._coordinator.on_message(connection, message, time.monotonic()))
+
+    def _perform(self, actions: list[Action]) -> None:
+        """Do the actions in order; a record is durable before anything behind it is sent."""
+        if self._stopped.is_set():
+            return
+        try:
+            for action in actions:
+                self._do(action)
+        except JournalError as error:
+            self._fail(error)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Persist(record):
+                self._journal.append(record)
+                _log_record(record)
+            case Send(connection, message):
+                channel = self._channels.get(connection)
+                if channel is not None:
+                    channel.send(message)
+                    if isinstance(message, Evict):
+                        log.info("%s", message.reason)
+                    if channel.writer.transport.get_write_buffer_size() > MAX_UNSENT:
+                        channel.writer.transport.abort()
+            case Close(connection):
+                channel = self._channels.pop(connection, None)
+                if channel is not None:
+                    channel.close()
+            case Stop(reason):
+                raise JournalError(reason)
+
+    def _fail(self, error: RingholdError) -> None:
+        self._failure = error
+        self._stopped.set()
+
+
+def _log_record(record: object) -> None:
+    match record:
+        case Prepared(epoch):
+            log.info("preparing epoch %d", epoch)
+        case Decision():
+            members = " ".join(str(info.member) for info in record.members) or "nobody"
+            log.info("epoch %d: members %s; lost %s; joined %s", record.epoch, members, record.lost, record.joined)
+
+
+def run_coordinator(
+    host: str,
+    port: int,
+    journal: Path,
+    *,
+    run: str,
+    token: bytes,
+    options: Options,
+    new: bool = False,
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """Run a coordinator in the foreground until SIGTERM or SIGINT.
+
+    `ready` is called with the port once it listens.
+
+    Raises:
+        UsageError: the address cannot be had.
+        JournalError: the journal cannot be used, or became too old (a member has seen a newer epoch).
+
+    """
+
+    async def main() -> None:
+        with Journal(journal, run, new) as opened:
+            server = CoordinatorServer(host, port, opened, run, token, options)
+            await server.start()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, server.stop)
+            log.info("coordinator of run %r listens on %s:%d, journal %s", run, host, server.port, journal)
+            if ready is not None:
+                ready(server.port)
+            await server.serve()
+
+    asyncio.run(main())
