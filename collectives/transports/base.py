@@ -1,0 +1,109 @@
+"""The interface between the engine, the communicator and whatever moves the bytes of one epoch.
+
+The membership builds one Transport for each epoch and destroys it when the epoch ends; a transport never outlives its
+epoch, and never decides who is a member. Two kinds of traffic, independent of each other:
+
+- *bulk* (`send`, `recv`): large contiguous tensors, posted early and waited for later;
+- *notes* (`send_note`, `recv_note`): short byte strings: headers, confirmations, small payloads.
+
+A channel is a 31-bit number below `CHANNELS` that keeps the traffic of one lane apart from all others (`channel_of`).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+CHANNELS = 2**31 - 1024
+"""Channels are numbers in [0, CHANNELS); those above are the transports' own."""
+
+
+def channel_of(lane: str) -> int:
+    """Return the channel of the lane named `lane`, the same number in every process.
+
+    Two names may collide (one in 2^31); whoever opens lanes keeps a table and refuses the second.
+    """
+    digest = hashlib.blake2b(lane.encode(), digest_size=8, person=b"ringhold lane").digest()
+    return int.from_bytes(digest, "little") % CHANNELS
+
+
+class Pending(ABC):
+    """A posted bulk send or receive."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until the data was sent (the memory may change again) or has arrived whole. Call it once.
+
+        Raises:
+            TransportLost: the link failed (`peer` names the other end) or the transport was aborted (`peer` is None).
+                The memory stays the transport's until `close` has returned.
+
+        """
+
+
+class Transport(ABC):
+    """Moves bytes between the members of one epoch; ranks are the epoch's ranks.
+
+    A channel is used by one thread at a time; different channels may be used by different threads at once. Messages of
+    one kind between a pair of ranks on one channel arrive in the order in which they were posted.
+    """
+
+    rank: int
+    size: int
+    inline_limit: int = 0
+    """The engine sends transfers of up to this many bytes as notes. The same on every member."""
+
+    @abstractmethod
+    def send(self, peer: int, data: Tensor, channel: int) -> Pending:
+        """Post a bulk send of `data` (contiguous, 1-d, not empty). It must not change until `wait` has returned.
+
+        Raises:
+            TransportLost: as `Pending.wait`.
+
+        """
+
+    @abstractmethod
+    def recv(self, peer: int, into: Tensor, channel: int) -> Pending:
+        """Post a bulk receive of exactly `into.nbytes` bytes. Both ends must have agreed on the size before.
+
+        Raises:
+            TransportLost: as `Pending.wait`.
+
+        """
+
+    @abstractmethod
+    def send_note(self, peer: int, note: bytes | memoryview, channel: int) -> None:
+        """Send a short message. Never waits for the peer; the bytes were copied when it returns.
+
+        Raises:
+            TransportLost: the link failed, or the transport was aborted.
+            ValueError: the note is longer than the transport's limit (at least 1 MiB).
+
+        """
+
+    @abstractmethod
+    def recv_note(self, peer: int, channel: int, timeout: float | None = None) -> bytes:
+        """Return the next note of `peer` on `channel`; wait up to `timeout` seconds for it (None: for ever).
+
+        Notes that arrived before a link failed are still delivered.
+
+        Raises:
+            TransportLost: the link failed, or the transport was aborted.
+            OperationTimeout: nothing came in time; the transport is as good as before.
+
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give the epoch up, from any thread at any time; idempotent, does not block.
+
+        Everything blocked in this transport, or called later, raises TransportLost with `peer` None.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Abort and free everything; blocks for a short bounded time at most. Idempotent.
+
+        Memory handed to `send` or `recv` that was in flight may be used again only after this returned; a transport
+        that could not be torn down in time keeps a reference to that memory for as long as it may be written.
+        """
