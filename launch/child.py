@@ -70,6 +70,10 @@ class Link:
         return thread
 
     def _listen(self, on_command: Callable[[dict[str, Any]], None]) -> None:
-        for line in sys.stdin.buffer:
-            on_command(json.loads(line))
+        # Not through sys.stdin: a thread that holds its lock at the end of the interpreter aborts the process.
+        rest = b""
+        while piece := os.read(0, 65536):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                on_command(json.loads(line))
         os._exit(ORPHANED)

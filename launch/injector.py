@@ -1,0 +1,153 @@
+"""Carries a churn plan out on living processes and keeps what came of each fault. Part of `launch.supervisor`."""
+
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch.faults import Planned
+from launch.record import FaultRecord, PeerRecord
+
+if TYPE_CHECKING:
+    from launch.supervisor import Supervisor
+
+_STOPPED_LONGER = 1.5
+"""A stopped peer sleeps for the heartbeat timeout plus this many seconds, so that it wakes evicted."""
+
+
+class Injector:
+    """Strikes the planned faults in order, each when its step is reached and its victim is a working member."""
+
+    def __init__(self, supervisor: "Supervisor", faults: Sequence[Planned]) -> None:
+        self.faults = [FaultRecord(planned) for planned in faults]
+        self._supervisor = supervisor
+        self._pending = deque(self.faults)
+        self._spares: dict[int, PeerRecord] = {}
+        self._coordinator_fault: FaultRecord | None = None
+
+    def expects_revival(self) -> bool:
+        """Whether a peer of ours that is down is yet to be brought back: then the run goes on without a living one."""
+        return any(self.will_revive(slot) for slot in self._supervisor.spec.slots)
+
+    def will_revive(self, slot: int) -> bool:
+        """Whether a fault yet to come brings peer `slot` back."""
+        return any(fault.planned.kind == "join" and fault.planned.slot == slot for fault in self._pending)
+
+    def strike(self) -> None:
+        """Inject every fault whose time has come; warm up the peer that joins next."""
+        supervisor = self._supervisor
+        while (
+            self._pending
+            and self._pending[0].planned.step <= supervisor.step
+            and self._may_strike(self._pending[0].planned)
+        ):
+            self._inject(self._pending.popleft())
+        if self._pending and (
+            supervisor.spec.others or any(life.state == "running" for life in supervisor.lives.values())
+        ):
+            self._warm_up()
+
+    def peer_says(self, life: PeerRecord, kind: str, body: dict[str, Any]) -> None:
+        """Take note of what a peer's message means for the faults aimed at it."""
+        for fault in self.faults:
+            if fault.peer != life.name or fault.injected is None:
+                continue
+            match fault.planned.kind, kind:
+                case "kill", "fired":
+                    fault.fired, fault.detail = body["time"], f"in {body['point']} of op {body['op']}"
+                    life.planned_end = "kill"
+                case "leave", "left":
+                    fault.fired = fault.ended = body["time"]
+                    life.planned_end = "leave"
+                case "stop", "joined" if fault.fired is not None and fault.ended is None:
+                    fault.ended = body["time"]
+                case "join", "joined" if fault.fired is None:
+                    fault.fired = fault.ended = body["time"]
+
+    def coordinator_is_down(self) -> bool:
+        """The coordinator ended: return whether a fault explains it."""
+        if self._coordinator_fault is None:
+            return False
+        if self._coordinator_fault.fired is None:
+            self._coordinator_fault.fired = time.time()
+        return True
+
+    def coordinator_is_back(self) -> None:
+        """The coordinator listens (again)."""
+        if self._coordinator_fault is not None:
+            self._coordinator_fault.ended = time.time()
+            self._coordinator_fault = None
+
+    def _may_strike(self, planned: Planned) -> bool:
+        supervisor = self._supervisor
+        if planned.kind == "coordinator":
+            return supervisor.listening and self._coordinator_fault is None
+        assert planned.slot is not None
+        life = supervisor.living(planned.slot)
+        if planned.kind == "join":
+            return life is None or life.state == "spare"
+        if life is None or life.state != "running" or self._is_struck(life):
+            return False
+        others = (other for other in supervisor.lives.values() if other is not life and other.state == "running")
+        return supervisor.spec.others is not None or any(not self._is_struck(other) for other in others)
+
+    def _is_struck(self, life: PeerRecord) -> bool:
+        """Whether a fault that takes the peer away was sent to it and has not ended."""
+        return any(
+            fault.peer == life.name and fault.injected is not None and fault.ended is None
+            for fault in self.faults
+            if fault.planned.kind != "join"
+        )
+
+    def _inject(self, fault: FaultRecord) -> None:
+        supervisor, planned = self._supervisor, fault.planned
+        fault.injected = time.time()
+        if planned.kind == "coordinator":
+            assert supervisor.coordinator is not None
+            fault.peer = "coordinator"
+            self._coordinator_fault = fault
+            supervisor.coordinator.signal(signal.SIGKILL)
+        elif planned.kind == "join":
+            assert planned.slot is not None
+            spare = self._spares.pop(planned.slot, None)
+            fault.peer = (spare or supervisor.start_peer(planned.slot)).name
+            if spare is not None:
+                supervisor.release(spare)
+        else:
+            assert planned.slot is not None
+            life = supervisor.living(planned.slot)
+            assert life is not None
+            fault.peer, fault.member = life.name, life.members[-1]
+            self._strike_peer(fault, life)
+        supervisor.note("fault", fault=planned.index, what=planned.kind, step=planned.step, peer=fault.peer)
+
+    def _strike_peer(self, fault: FaultRecord, life: PeerRecord) -> None:
+        child = self._supervisor.children[life.name]
+        if fault.planned.kind == "kill":
+            child.send({"do": "die", "point": fault.planned.point})
+        elif fault.planned.kind == "leave":
+            child.send({"do": "leave"})
+        else:
+            child.signal(signal.SIGSTOP)
+            life.state = "stopped"
+            fault.fired = time.time()
+            self._supervisor.after(
+                self._supervisor.spec.heartbeat_timeout + _STOPPED_LONGER, lambda: self._wake(life, fault)
+            )
+
+    def _wake(self, life: PeerRecord, fault: FaultRecord) -> None:
+        fault.detail = f"woken after {time.time() - (fault.fired or 0):.1f} s"
+        if life.state == "stopped":
+            life.state = "returning"
+            self._supervisor.children[life.name].signal(signal.SIGCONT)
+            self._supervisor.note("woken", peer=life.name, fault=fault.planned.index)
+
+    def _warm_up(self) -> None:
+        """Start the process of the next peer to join ahead of time: its imports take seconds, joining does not."""
+        upcoming = next((fault.planned for fault in self._pending if fault.planned.kind == "join"), None)
+        if upcoming is None or self._spares:
+            return
+        assert upcoming.slot is not None
+        if self._supervisor.living(upcoming.slot) is None:
+            self._spares[upcoming.slot] = self._supervisor.start_peer(upcoming.slot, spare=True)

@@ -1,0 +1,115 @@
+"""What a supervisor saw of a run: its peers, the faults it injected, and a log of every event.
+
+Filled in by `launch.supervisor`, judged by `launch.verdict`, read again by reports (OUT/run.jsonl).
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from launch.faults import Planned
+
+State = Literal["starting", "spare", "joining", "running", "stopped", "returning", "ended"]
+Entry = dict[str, Any]
+"""One line of the run's log: `time` (seconds since the epoch, UTC), `source` (who said it), `type`, and its fields."""
+Observer = Callable[[Entry], None]
+
+
+@dataclass(slots=True)
+class PeerRecord:
+    """One life of a peer: a process, from its start to its end. `slot` is the peer's number."""
+
+    name: str
+    slot: int
+    pid: int
+    state: State = "starting"
+    members: list[int] = field(default_factory=list)
+    """Its member ids, in order: a peer that was evicted and came back has several."""
+    step: int = 0
+    loss: float | None = None
+    planned_end: str = ""
+    """"kill" or "leave" where the schedule ends this life."""
+    code: int | None = None
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    tail: str = ""
+
+
+@dataclass(slots=True)
+class FaultRecord:
+    """A planned fault and what came of it; times in seconds since the epoch."""
+
+    planned: Planned
+    peer: str = ""
+    member: int | None = None
+    """The victim's member id when the fault struck."""
+    injected: float | None = None
+    fired: float | None = None
+    """When the fault was seen to have struck; None: it never did."""
+    detail: str = ""
+    ended: float | None = None
+    """stop: the peer is a member again; join: it is a member; coordinator: it listens again."""
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """All that one supervisor knows of its part of the run."""
+
+    peers: list[PeerRecord] = field(default_factory=list)
+    faults: list[FaultRecord] = field(default_factory=list)
+    coordinator_deaths: int = 0
+    """Ends of the coordinator that no fault explains."""
+    coordinator_error: dict[str, Any] | None = None
+    signal: int = 0
+    """The signal that ended the run, 0 if none did."""
+    timeout: str = ""
+    """What took too long, empty if nothing did."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        value: dict[str, Any] = msgspec.to_builtins(self)
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "RunRecord":
+        """Read what `to_json` gave."""
+        return msgspec.convert(value, cls)
+
+    def merge(self, other: "RunRecord") -> None:
+        """Take in the part of the run that another supervisor saw."""
+        self.peers += other.peers
+        self.faults += other.faults
+        self.coordinator_deaths += other.coordinator_deaths
+        self.timeout = self.timeout or other.timeout
+        self.coordinator_error = self.coordinator_error or other.coordinator_error
+
+
+class RunLog:
+    """OUT/run.jsonl: one JSON object a line, written as it happens."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def __call__(self, entry: Entry) -> None:
+        """Append one entry."""
+        self._file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[Entry]:
+    """Return the entries of a run's log, by time."""
+    with path.open() as file:
+        return sorted((json.loads(line) for line in file), key=lambda entry: float(entry["time"]))
+
+
+def entry(source: str, kind: str, **fields: Any) -> Entry:
+    """Make a log entry of now."""
+    return {"time": time.time(), "source": source, "type": kind, **fields}
