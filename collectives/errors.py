@@ -91,10 +91,20 @@ class StateLost(RingholdError):
     exit_code = 3
 
 
+class CorruptChunk(RingholdError):
+    """Bytes do not have the digest by which they are known."""
+
+    exit_code = 4
+
+
 class JournalError(RingholdError):
     """The coordinator's journal is missing, locked, corrupt, or older than what a member has seen."""
 
     exit_code = 4
+
+
+class ScheduleError(RingholdError):
+    """A schedule does not do what its kind promises, or leaves the result to timing."""
 
 
 class ProtocolError(RingholdError):
