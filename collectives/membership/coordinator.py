@@ -131,6 +131,7 @@ class Coordinator:
         self._connections: dict[Connection, int] = {}
         self._announced_waiting = 0
         self._ticked = now
+        self._grace = now
         self._restore(records, now)
 
     # --- views ---
@@ -208,16 +209,18 @@ class Coordinator:
         member = self._connections.pop(connection, None)
         if member is None or self.peers[member].connection != connection:
             return []
+        self._notice_gap(now)
+        if now < self._grace and member in self.members:
+            # It gave us up while we slept; it will be back.
+            self.peers[member].connection = None
+            return []
         return self._lose([member], "its connection to the coordinator closed")
 
     def on_tick(self, now: float) -> list[Action]:
         """Look at the deadlines; call it several times per heartbeat."""
-        gap, self._ticked = now - self._ticked, now
+        self._notice_gap(now)
+        self._ticked = now
         limit = self.options.heartbeat_timeout
-        if gap > limit / 2:
-            # We slept (R12): the silence is ours, not theirs.
-            for peer in self.peers.values():
-                peer.heard = now
         silent = [m for m, peer in self.peers.items() if now - peer.heard > limit]
         if len(silent) == len(self.peers):
             # Everybody at once: more likely our own network than all of them. Nobody is evicted.
@@ -226,6 +229,13 @@ class Coordinator:
             silent = []
         actions = self._lose(silent, f"silent for more than {limit:g} s") if silent else []
         return actions + self._mend_links(now)
+
+    def _notice_gap(self, now: float) -> None:
+        """Rule R12: after a gap in our own loop the silence is ours, not theirs; everybody gets a whole timeout."""
+        if now - self._ticked > self.options.heartbeat_timeout / 2:
+            self._ticked, self._grace = now, now + self.options.heartbeat_timeout
+            for peer in self.peers.values():
+                peer.heard = now
 
     # --- joining ---
 

@@ -1,0 +1,149 @@
+"""Builds the transport of each epoch and takes down that of the last, apart from the threads that use them.
+
+The session calls `fence` and `advance`, which do not block; operations ask for `transport(epoch)`. A transport that
+cannot be built because a link fails is reported, and the membership decides (rule R11); nothing here does.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from collectives.errors import OptionError, TransportLost
+from collectives.membership.protocol import Decision
+from collectives.options import Options
+from collectives.transports.base import Transport
+from collectives.transports.gloo import GlooTransport
+from collectives.transports.handshake import link_key
+from collectives.transports.mesh import LinkListener
+
+log = logging.getLogger("ringhold.member")
+
+TRANSPORTS: dict[str, type[GlooTransport]] = {"gloo": GlooTransport}
+"""Names that `Communicator.join(transport=...)` knows."""
+
+
+class Epochs:
+    """The transports of one member, one epoch after the other.
+
+    Args:
+        kind: name of the transport.
+        run, token: what the links are authenticated with.
+        options: where to listen, how long connecting may take.
+        on_ready: called with the epoch when its transport is there.
+        on_failure: called with (epoch, member id at the other end or 0) when it could not be built.
+
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        run: str,
+        token: bytes,
+        options: Options,
+        *,
+        on_ready: Callable[[int], None],
+        on_failure: Callable[[int, int], None],
+    ) -> None:
+        if kind not in TRANSPORTS:
+            raise OptionError(f"unknown transport {kind!r}; there are {', '.join(sorted(TRANSPORTS))}")
+        self._kind = kind
+        self._key = link_key(token, run)
+        self._options = options
+        self._listener = LinkListener(options.listen)
+        self._on_ready, self._on_failure = on_ready, on_failure
+        self._lock = threading.Lock()
+        self._next: tuple[Decision, int] | None = None
+        self._wake = threading.Condition(self._lock)
+        self._building: GlooTransport | None = None
+        self._current: tuple[int, GlooTransport] | None = None
+        self._closed = False
+        self._old: list[threading.Thread] = []
+        self._thread = threading.Thread(target=self._work, name="ringhold-epochs", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that other members reach this one's links at."""
+        return self._options.advertise or self._options.listen, self._listener.address[1]
+
+    def transport(self, epoch: int) -> Transport | None:
+        """Return the transport of that epoch if it is ready."""
+        with self._lock:
+            return self._current[1] if self._current and self._current[0] == epoch else None
+
+    def fence(self) -> None:
+        """Abort what is in use and what is being built; does not block."""
+        with self._lock:
+            self._next = None
+            for transport in (self._building, self._current and self._current[1]):
+                if transport is not None:
+                    transport.abort()
+
+    def advance(self, decision: Decision, member: int) -> None:
+        """Build the transport of a new epoch, in which we are `member`; does not block."""
+        with self._wake:
+            self._next = (decision, member)
+            if self._building is not None:
+                self._building.abort()
+            self._wake.notify_all()
+
+    def close(self) -> None:
+        """Take everything down; blocks for a short bounded time."""
+        with self._wake:
+            self._closed = True
+            if self._building is not None:
+                self._building.abort()
+            self._wake.notify_all()
+        self._thread.join(5.0)
+        self._retire()
+        for thread in self._old:
+            thread.join(5.0)
+        self._listener.close()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or self._next is not None)
+                if self._closed:
+                    return
+                assert self._next is not None
+                decision, member = self._next
+                self._next = None
+                transport = self._building = self._make(decision, member)
+            self._retire()
+            self._build(decision, transport)
+
+    def _make(self, decision: Decision, member: int) -> GlooTransport:
+        rank = [info.member for info in decision.members].index(member)
+        addresses = [(info.host, info.port) for info in decision.members]
+        make = TRANSPORTS[self._kind]
+        return make(
+            self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, hostname=self._options.listen
+        )
+
+    def _build(self, decision: Decision, transport: GlooTransport) -> None:
+        failure: TransportLost | None = None
+        try:
+            transport.connect(self._options.op_timeout)
+        except TransportLost as error:
+            failure = error
+        with self._lock:
+            self._building = None
+            if failure is None:
+                self._current = (decision.epoch, transport)
+        if failure is None:
+            self._on_ready(decision.epoch)
+            return
+        transport.close()
+        if failure.peer is not None:
+            log.info("epoch %d: %s", decision.epoch, failure)
+            self._on_failure(decision.epoch, decision.members[failure.peer].member)
+
+    def _retire(self) -> None:
+        """Close the transport of the last epoch in a thread of its own: gloo may take its time."""
+        with self._lock:
+            old, self._current = self._current, None
+        if old is not None:
+            self._old = [thread for thread in self._old if thread.is_alive()]
+            self._old.append(threading.Thread(target=old[1].close, name="ringhold-retire", daemon=True))
+            self._old[-1].start()
