@@ -18,7 +18,7 @@ Semantics, and what an engine may rely on once `verify` has accepted a schedule:
    transfers take place in the order of steps and, within a step, of rows; `local` keeps it on both sides, so that one
    FIFO per pair of ranks suffices.
 5. A transfer of an empty range is a notification: nothing moves, but the destination learns that the source got there.
-   Algorithms emit no other empty rows.
+   It is sent when all that its source does in earlier steps is done. Algorithms emit no other empty rows.
 """
 
 from collections import defaultdict
