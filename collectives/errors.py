@@ -97,6 +97,12 @@ class CorruptChunk(RingholdError):
     exit_code = 4
 
 
+class CorruptFile(RingholdError):
+    """A file is not whole, or its content is not what was written."""
+
+    exit_code = 4
+
+
 class JournalError(RingholdError):
     """The coordinator's journal is missing, locked, corrupt, or older than what a member has seen."""
 
