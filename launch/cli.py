@@ -1,0 +1,75 @@
+"""The command `ringhold`. Each subcommand lives in a module of its own that is imported when it is called.
+
+`ringhold --help` has to answer at once, so nothing here imports torch, and neither do the modules named below until
+their command runs.
+"""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+from launch import console
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("launch.train:command", "Train a small language model with peers that come and go."),
+    "demo": ("launch.demo:command", "Kill, stop and add peers in a minute's training, and prove the result."),
+    "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),
+    "doctor": ("launch.doctor:command", "Check what works on this machine, or look into a running job."),
+}
+"""Name of each subcommand: where it is, and its line in the help."""
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are needed."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a subcommand."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of subcommands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> Any:
+    if wanted and not context.resilient_parsing:
+        click.echo(f"ringhold {version('ringhold')}")
+        context.exit()
+
+
+@click.command(
+    cls=LazyGroup, no_args_is_help=False, invoke_without_command=True, context_settings={"max_content_width": 100}
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+@click.pass_context
+def ringhold(context: click.Context) -> None:
+    """Fault-tolerant collectives and training on ordinary CPU processes.
+
+    Exit codes: 0 ok, 1 wrong result or failed check, 2 usage, 3 peers lost and not recovered, 4 corrupt data,
+    124 timeout, 130 Ctrl-C.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the command `ringhold`."""
+    sys.exit(console.run(ringhold))
+
+
+if __name__ == "__main__":
+    main()

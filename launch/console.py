@@ -1,0 +1,67 @@
+"""How every command of Ringhold ends: exit codes, one-line errors, no traceback for what a user can put right.
+
+Used by `launch.cli` and by the modules that are run with `python -m`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from collectives.errors import RingholdError, UsageError
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: the value it returns (None: 0), or the code of the error that ended it.
+
+    0 ok, 1 wrong result or failed check, 2 usage, 3 peers lost and not recovered, 4 corrupt data, 124 timeout,
+    130 Ctrl-C. A defect of Ringhold itself keeps its traceback.
+    """
+    name = "ringhold" if isinstance(command, click.Group) else f"ringhold {command.name}"
+    try:
+        result: Any = command.main(args=arguments, prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        _complain(_sentence(error))
+        return UsageError.exit_code
+    except RingholdError as error:
+        _complain(str(error))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`ringhold ... | head`): nobody is there to be told, nor at the final flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return int(result or 0)
+
+
+def split_address(text: str, what: str) -> tuple[str, int]:
+    """Split "HOST:PORT" (or "[IPV6]:PORT").
+
+    Raises:
+        UsageError: it is not of that form; `what` names the option.
+
+    """
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{what} {text!r} is not HOST:PORT, for example 127.0.0.1:29400")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Return "HOST:PORT", an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _sentence(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message} (see: {context.command_path} --help)"
+
+
+def _complain(message: str) -> None:
+    print(f"ringhold: error: {message}", file=sys.stderr)
