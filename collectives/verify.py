@@ -131,7 +131,7 @@ class _Cut:
         length = np.searchsorted(self.bounds, stop) - low
         row = np.repeat(np.arange(len(low)), length)
         cell = np.arange(len(row)) - (np.cumsum(length) - length - low)[row]
-        return _Rows(number[row], rank[row], other[row], cell, flag[row])
+        return _Rows(number[row], rank[row].astype(np.int64), other[row].astype(np.int64), cell, flag[row])
 
 
 def _refuse_hazards(cut: _Cut) -> None:

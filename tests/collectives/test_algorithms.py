@@ -1,0 +1,257 @@
+"""Every algorithm on numpy arrays, all ranks in one process: in lockstep, and in random order by ranges alone."""
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from collectives.algorithms import bidirectional, dissemination, doubling, ring
+from collectives.region import split
+from collectives.schedule import Compute, Recv, Schedule, Send
+
+Buffers = npt.NDArray[Any]
+"""Shape (world, count)."""
+
+REDUCTIONS: dict[str, Callable[[int, int, bool], Schedule]] = {
+    "ring all_reduce": ring.all_reduce,
+    "ring reduce_scatter": ring.reduce_scatter,
+    "bidirectional all_reduce": bidirectional.all_reduce,
+    "bidirectional reduce_scatter": bidirectional.reduce_scatter,
+    "doubling all_reduce": doubling.all_reduce,
+}
+MOVES: dict[str, Callable[[int, int], Schedule]] = {
+    "ring all_gather": ring.all_gather,
+    "ring broadcast": lambda world, count: ring.broadcast(world, count, world // 3),
+    "bidirectional all_gather": bidirectional.all_gather,
+    "bidirectional broadcast": lambda world, count: bidirectional.broadcast(world, count, world // 3),
+}
+WORLDS = [1, 2, 3, 4, 5, 7, 8, 12, 17]
+
+
+def counts(world: int) -> list[int]:
+    return sorted({0, 1, world - 1, world, 53})
+
+
+def finished(values: Buffers) -> Buffers:
+    """Stands for the kernel "finish"; doing it twice, or not at all, shows."""
+    return values * 3 + 1
+
+
+def lockstep(schedule: Schedule, buffers: Buffers) -> Buffers:
+    """Run the schedule step by step on all ranks; returns new buffers."""
+    after = buffers.copy()
+    for index in range(len(schedule)):
+        before, step = after.copy(), schedule.step(index)
+        columns = (step.src, step.dst, step.start, step.stop, step.combine)
+        for src, dst, start, stop, combine in zip(*(values.tolist() for values in columns), strict=True):
+            data = before[src, start:stop]
+            after[dst, start:stop] = after[dst, start:stop] + data if combine else data
+        work = step.computes
+        for rank, start, stop in zip(work.rank.tolist(), work.start.tolist(), work.stop.tolist(), strict=True):
+            after[rank, start:stop] = finished(before[rank, start:stop])
+    return after
+
+
+def started(schedule: Schedule, values: Buffers, undefined: float) -> Buffers:
+    """The values where ranks hold them, elsewhere what must not reach any result."""
+    buffers = np.full_like(values, undefined)
+    for rank in range(schedule.world):
+        for start, stop in schedule.held(rank):
+            buffers[rank, start:stop] = values[rank, start:stop]
+    return buffers
+
+
+def results(schedule: Schedule, buffers: Buffers) -> list[tuple[int, int, Buffers]]:
+    """What the ranks want: (start, stop, values)."""
+    return [
+        (start, stop, buffers[rank, start:stop])
+        for rank in range(schedule.world)
+        for start, stop in schedule.wanted(rank)
+    ]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("finish", [False, True])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_equal_the_direct_sum(name: str, finish: bool, world: int) -> None:
+    for count in counts(world):
+        schedule = REDUCTIONS[name](world, count, finish)
+        values = np.random.default_rng(count).integers(-1000, 1000, (world, count))
+        total = finished(values.sum(axis=0)) if finish else values.sum(axis=0)
+        for start, stop, ended in results(schedule, lockstep(schedule, values)):
+            assert (ended == total[start:stop]).all()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_float_bits_are_equal_on_all_ranks(name: str, world: int) -> None:
+    schedule = REDUCTIONS[name](world, 53, True)
+    values = np.random.default_rng(world).lognormal(0, 9, (world, 53)).astype(np.float32)
+    bits: dict[tuple[int, int], bytes] = {}
+    for start, stop, ended in results(schedule, lockstep(schedule, values)):
+        assert bits.setdefault((start, stop), ended.tobytes()) == ended.tobytes()
+        np.testing.assert_allclose(ended, finished(values.sum(axis=0, dtype=np.float64))[start:stop], rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_bring_the_holders_values(name: str, world: int) -> None:
+    for count in counts(world):
+        schedule = MOVES[name](world, count)
+        values = np.random.default_rng(count).random((world, count))
+        holder = np.zeros(count, dtype=np.int64)
+        for rank in range(world):
+            for start, stop in schedule.held(rank):
+                holder[start:stop] = rank
+        source = values[holder, np.arange(count)]
+        for start, stop, ended in results(schedule, lockstep(schedule, started(schedule, values, np.nan))):
+            assert (ended == source[start:stop]).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_who_holds_and_wants_what(world: int) -> None:
+    whole, pieces = ((0, 20),), split(20, world)
+    for family in (ring, bidirectional):
+        for rank in range(world):
+            assert family.all_reduce(world, 20).held(rank) == family.all_reduce(world, 20).wanted(rank) == whole
+            assert family.reduce_scatter(world, 20).held(rank) == whole
+            assert family.reduce_scatter(world, 20).wanted(rank) == (pieces[rank],)
+            assert family.all_gather(world, 20).held(rank) == (pieces[rank],)
+            assert family.all_gather(world, 20).wanted(rank) == whole
+            assert family.broadcast(world, 20, 0).held(rank) == (whole if rank == 0 else ())
+            assert family.broadcast(world, 20, 0).wanted(rank) == whole
+            assert doubling.all_reduce(world, 20).held(rank) == doubling.all_reduce(world, 20).wanted(rank) == whole
+            assert dissemination.barrier(world).held(rank) == dissemination.barrier(world).wanted(rank) == ()
+    assert ring.all_gather(3, 2).held(2) == ()
+
+
+def sent(schedule: Schedule, rank: int) -> int:
+    return sum(send.stop - send.start for step in schedule.local(rank).steps for send in step.sends)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_steps_and_elements_are_as_documented(world: int) -> None:
+    count = 24 * world
+    for family in (ring, bidirectional):
+        assert len(family.all_reduce(world, count)) == 2 * (world - 1)
+        for make in (family.reduce_scatter, family.all_gather):
+            assert len(make(world, count)) == world - 1
+            assert {sent(make(world, count), rank) for rank in range(world)} == {(world - 1) * 24}
+        assert len(family.broadcast(world, count, 1)) == world - 1
+        assert sum(sent(family.broadcast(world, count, 1), rank) for rank in range(world)) == (world - 1) * count
+    assert len(dissemination.barrier(world)) == {2: 1, 3: 2, 8: 3}[world]
+    assert len(doubling.all_reduce(world, count)) == {2: 1, 3: 3, 8: 3}[world]
+
+
+def test_the_bidirectional_ring_loads_both_directions_alike() -> None:
+    step = bidirectional.all_reduce(5, 100).step(0)
+    forward = (step.dst - step.src) % 5 == 1
+    assert (step.stop - step.start)[forward].sum() == (step.stop - step.start)[~forward].sum() == 50
+
+
+@pytest.mark.parametrize("finish", [False, True])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_world_of_one_only_finishes(name: str, finish: bool) -> None:
+    schedule = REDUCTIONS[name](1, 20, finish)
+    assert len(schedule) == finish
+    computes = [compute for step in schedule.local(0).steps for compute in step.computes]
+    assert computes == [Compute("finish", 0, 20, True)] * finish
+
+
+@dataclass
+class Row:
+    """A row of one rank, for a run out of lockstep."""
+
+    step: int
+    what: Send | Recv | Compute
+    scratch: Buffers | None = None
+    """What a combining receive has taken, until it may be folded in."""
+    done: bool = False
+
+    @property
+    def combines(self) -> bool:
+        return isinstance(self.what, Recv) and self.what.combine
+
+    def waits_for(self, other: "Row") -> bool:
+        """Rule 2 of `collectives.schedule`, for rows of one rank."""
+        if other.done or other.what.start >= self.what.stop or self.what.start >= other.what.stop:
+            return False
+        if isinstance(self.what, Send):
+            return other.step < self.step and not isinstance(other.what, Send)
+        return other.step < self.step or (self.combines and other.step == self.step and isinstance(other.what, Send))
+
+
+def rows_of(schedule: Schedule, rank: int) -> list[Row]:
+    rows: list[Row] = []
+    for step in schedule.local(rank).steps:
+        whats: list[Send | Recv | Compute] = [*step.sends, *step.recvs, *step.computes]
+        rows += [Row(step.step, what) for what in whats]
+    return rows
+
+
+def out_of_lockstep(schedule: Schedule, buffers: Buffers, chance: random.Random) -> Buffers:
+    """Run each rank's rows as soon as their ranges allow it, in random order, with rendezvous and a FIFO per pair."""
+    buffers = buffers.copy()
+    ranks = [rows_of(schedule, rank) for rank in range(schedule.world)]
+    pairs = list(itertools.permutations(range(schedule.world), 2))
+    out = {
+        (a, b): deque(row for row in ranks[a] if isinstance(row.what, Send) and row.what.peer == b) for a, b in pairs
+    }
+    into = {
+        (a, b): deque(row for row in ranks[b] if isinstance(row.what, Recv) and row.what.peer == a) for a, b in pairs
+    }
+
+    def free(rank: int, row: Row) -> bool:
+        return not any(row.waits_for(other) for other in ranks[rank])
+
+    def moves() -> Iterator[Callable[[], None]]:
+        for pair in pairs:
+            if out[pair] and free(pair[0], out[pair][0]):
+                row = into[pair][0]
+                if row.combines or free(pair[1], row):
+                    yield partial(transfer, *pair)
+        for rank, rows in enumerate(ranks):
+            for row in rows:
+                if not row.done and (row.scratch is not None or isinstance(row.what, Compute)) and free(rank, row):
+                    yield partial(write, rank, row)
+
+    def transfer(src: int, dst: int) -> None:
+        send, recv = out[src, dst].popleft(), into[src, dst].popleft()
+        assert (send.what.start, send.what.stop) == (recv.what.start, recv.what.stop)
+        send.done = True
+        data = buffers[src, send.what.start : send.what.stop].copy()
+        if recv.combines:
+            recv.scratch = data
+        else:
+            buffers[dst, recv.what.start : recv.what.stop] = data
+            recv.done = True
+
+    def write(rank: int, row: Row) -> None:
+        place = buffers[rank, row.what.start : row.what.stop]
+        place[:] = finished(place) if row.scratch is None else place + row.scratch
+        row.done = True
+
+    while ready := list(moves()):
+        chance.choice(ready)()
+    assert all(row.done for rows in ranks for row in rows), "the ranks wait for each other"
+    return buffers
+
+
+@pytest.mark.parametrize("name", [*REDUCTIONS, *MOVES])
+@pytest.mark.parametrize("world", [2, 3, 4, 6])
+def test_ranges_alone_order_the_work(name: str, world: int) -> None:
+    schedule = REDUCTIONS[name](world, 13, True) if name in REDUCTIONS else MOVES[name](world, 13)
+    values = np.random.default_rng(world).lognormal(0, 9, (world, 13)).astype(np.float32)
+    buffers = started(schedule, values, np.nan)
+    expected = results(schedule, lockstep(schedule, buffers))
+    for seed in range(4):
+        ended = results(schedule, out_of_lockstep(schedule, buffers, random.Random(seed)))
+        for (start, stop, mine), (_, _, theirs) in zip(ended, expected, strict=True):
+            assert mine.tobytes() == theirs.tobytes(), (start, stop)
