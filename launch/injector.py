@@ -55,7 +55,7 @@ class Injector:
                 continue
             match fault.planned.kind, kind:
                 case "kill", "fired":
-                    fault.fired, fault.detail = body["time"], f"in {body['point']} of op {body['op']}"
+                    fault.fired, fault.detail = body["time"], f"in {body['where']}"
                     life.planned_end = "kill"
                 case "leave", "left":
                     fault.fired = fault.ended = body["time"]

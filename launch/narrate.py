@@ -30,7 +30,7 @@ class Narrator:
             case "fault":
                 return f"step {entry['step']}: " + _FAULTS[entry["what"]].format(peer=entry["peer"])
             case "fired":
-                return f"{source} kills itself in {entry['point']}"
+                return f"{source} kills itself in {entry['where']}"
             case "woken":
                 return f"woke {entry['peer']} (SIGCONT)"
             case "joined":

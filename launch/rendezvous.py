@@ -131,9 +131,30 @@ class Rendezvous:
         path = self.folder / f"record.{rank}.json"
         return self._wait_for(path, timeout, f"the supervisor of rank {rank} left no record of its peer")
 
-    def remove(self) -> None:
-        """Rank 0, last: remove the folder."""
+    def has_record_of(self, rank: int) -> bool:
+        """Whether the supervisor of `rank` has left its record."""
+        return (self.folder / f"record.{rank}.json").exists()
+
+    def announce(self, code: int) -> None:
+        """Rank 0, last: tell the others the exit code of the whole, wait a moment for them, and remove the folder."""
+        write_private(self.folder / "verdict.json", json.dumps({"exit_code": code}))
+        others = len(list(self.folder.glob("record.*.json")))
+        end = time.monotonic() + 2.0
+        while len(list(self.folder.glob("bye.*"))) < others and time.monotonic() < end:
+            time.sleep(0.02)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def verdict(self, timeout: float) -> int:
+        """Other ranks, last: wait for rank 0's exit code, so that no launcher ends rank 0 before it has judged.
+
+        Raises:
+            CoordinatorUnreachable: it did not come within `timeout` seconds.
+
+        """
+        path = self.folder / "verdict.json"
+        code = int(self._wait_for(path, timeout, "the supervisor of rank 0 gave no verdict")["exit_code"])
+        write_private(self.folder / f"bye.{self.rank}", "")
+        return code
 
     def _wait_for(self, path: Path, timeout: float, what: str) -> dict[str, Any]:
         end = time.monotonic() + timeout

@@ -113,8 +113,13 @@ def test_supervisors_of_one_launcher_meet(tmp_path: Path) -> None:
     first.progress(5)
     assert first.furthest() == second.furthest() == 7
     second.leave_record({"peer": "done"})
+    assert first.has_record_of(1)
+    assert not first.has_record_of(2)
     assert first.record_of(1, 1.0) == {"peer": "done"}
-    first.remove()
+    timer = threading.Timer(0.1, first.announce, (3,))
+    timer.start()
+    assert second.verdict(5.0) == 3
+    timer.join()
     assert not first.folder.exists()
 
 

@@ -86,7 +86,7 @@ def test_every_kind_of_fault_strikes_and_is_seen(tmp_path: Path) -> None:
     record, _ = run(spec(tmp_path, peers=4, steps=90, churn="kill@3,stop@5,join@7,coordinator@9,leave@11"))
     kill, stop, join, coordinator, leave = record.faults
     assert all(fault.fired is not None for fault in record.faults)
-    assert kill.detail.startswith("in staged of op")
+    assert kill.detail.startswith("in staged of all_reduce")
     assert all(fault.ended is not None for fault in (stop, join, coordinator, leave))
     assert stop.ended is not None
     assert stop.fired is not None

@@ -36,7 +36,7 @@ def peer(steps: int, pause: float, misdeed: str) -> int:
             link.report("joined", member=member, epoch=2, size=1)
         link.report("progress", step=step, loss=1.0 / step, member=member)
         if dying.is_set():
-            link.report("fired", point="staged", op=step)
+            link.report("fired", where=f"staged of all_reduce {step}")
             os.kill(os.getpid(), signal.SIGKILL)
         if leaving.is_set():
             link.report("left")
