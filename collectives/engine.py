@@ -1,0 +1,111 @@
+"""Runs a rank's part of a schedule over a transport: the inside of every collective.
+
+Called by the communicator, once for each attempt of an operation; many lanes may run at once. The engine knows nothing
+of membership: where the transport gives up, TransportLost passes through, the memory in flight stays referenced by the
+transport, and whatever was taken from the pool comes back when the transport has let go of it.
+"""
+
+import threading
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from collectives.instructions import Kernel, Machine, Probe
+from collectives.program import Cutting, Program, compile_program
+from collectives.reduction import ReduceOp, function
+from collectives.schedule import Schedule
+from collectives.staging import StagingPool
+from collectives.transports.base import Transport
+
+SEGMENT_BYTES = 2**20
+WINDOW = 4
+PROBES = ("begin", "transfer", "reduce", "end")
+"""The points at which `probe` is called: before anything is sent, after each segment that arrived, after each segment
+that was reduced, and when all is staged and nothing in flight."""
+
+_NO_KERNELS: Mapping[str, Kernel] = {}
+
+
+class Engine:
+    """Compiles schedules, keeps the programs, and runs them. For any thread.
+
+    Args:
+        pool: where scratch memory comes from.
+        segment_bytes, window: cut and order of transfers. The same on all members.
+
+    """
+
+    def __init__(self, pool: StagingPool, segment_bytes: int = SEGMENT_BYTES, window: int = WINDOW) -> None:
+        self._pool = pool
+        self._segment_bytes = segment_bytes
+        self._window = window
+        self._lock = threading.Lock()
+        self._programs: WeakKeyDictionary[Schedule, dict[tuple[int, Cutting], Program]] = WeakKeyDictionary()
+
+    def run(
+        self,
+        schedule: Schedule,
+        transport: Transport,
+        channel: int,
+        source: Tensor,
+        staging: Tensor,
+        op: ReduceOp = ReduceOp.SUM,
+        kernels: Mapping[str, Kernel] = _NO_KERNELS,
+        probe: Probe | None = None,
+        lift: bool = True,
+    ) -> None:
+        """Run this rank's part; afterwards the ranges `schedule.wanted(rank)` of `staging` hold the result.
+
+        Args:
+            schedule: for `transport.size` ranks.
+            transport: of the epoch; all its members run the same schedule on the same channel.
+            channel: the lane's.
+            source: flat, contiguous: the elements of the ranges `schedule.held(rank)`, in order. Never written.
+            staging: flat, contiguous, `schedule.count` elements; what it held is lost. Of the same dtype as `source`
+                on all ranks, or of a wider one on all ranks, in which all is moved and reduced.
+            op: how to combine.
+            kernels: by name, what the schedule's computations do to a piece of staging, in place.
+            probe: called with a name of PROBES at that point; what it raises passes through.
+            lift: if False, wanted ranges that never leave the caller's tensor (all of a broadcast's root, the own chunk
+                of an all-gather) are not copied to staging.
+
+        Raises:
+            TransportLost: a link failed or the epoch was aborted. The content of `staging` is undefined then, and it
+                may still be written to until the transport is closed.
+            ProtocolError: a peer sent inline data of another size: it runs another schedule.
+            UsageError: the schedule reads data that are nowhere.
+
+        """
+        program = self._program(schedule, transport, source, staging, lift)
+        machine = Machine(
+            transport,
+            channel,
+            source.detach(),
+            staging,
+            self._pool.take(program.slots * program.slot_size, staging.dtype),
+            program.slot_size,
+            function(op),
+            kernels,
+            probe,
+        )
+        if probe is not None:
+            probe("begin")
+        for instruction in program.instructions:
+            instruction.run(machine)
+        if probe is not None:
+            probe("end")
+
+    def _program(
+        self, schedule: Schedule, transport: Transport, source: Tensor, staging: Tensor, lift: bool
+    ) -> Program:
+        size = staging.element_size()
+        convert = source.dtype != staging.dtype
+        cutting = Cutting(self._segment_bytes // size, transport.inline_limit // size, self._window, convert, lift)
+        key = (transport.rank, cutting)
+        with self._lock:
+            programs = self._programs.setdefault(schedule, {})
+        program = programs.get(key)
+        if program is None:
+            program = programs[key] = compile_program(schedule, transport.rank, cutting)
+        return program

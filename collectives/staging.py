@@ -1,0 +1,100 @@
+"""Big work buffers that are used again; taken by the communicator for results and by the engine for scratch memory.
+
+Fresh pages cost a fault each, more than the copy that fills them, so memory goes back to the pool and not to the
+system. Nobody gives it back by hand: a buffer is free once nothing refers to its storage any more, be it a view, an
+operation in flight, or a result that was handed to the caller. So memory that an abandoned attempt may still write to
+is out of reach for exactly as long as the transport keeps it.
+"""
+
+import mmap
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+SMALL = 64 * 1024
+"""Smaller buffers come from the ordinary allocator, which reuses its memory well enough (bytes)."""
+_HUGE = 2 * 1024 * 1024
+
+
+class _Block:
+    """Anonymous memory, aligned to huge pages where it is large enough for them."""
+
+    def __init__(self, capacity: int) -> None:
+        huge = capacity >= _HUGE
+        self.capacity = capacity
+        self.memory = mmap.mmap(-1, capacity + _HUGE if huge else capacity)
+        self.offset = 0
+        self.last_use = 0
+        if huge:
+            start = torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr()
+            self.offset = -start % _HUGE
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def tensor(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A tensor whose storage keeps a reference to the memory until the last view of it is gone."""
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=self.offset)
+
+    def references(self) -> int:
+        """How often the memory is referred to; compare with a block whose memory nobody uses."""
+        return sys.getrefcount(self.memory)
+
+
+_FREE = _Block(mmap.PAGESIZE).references()
+
+
+class StagingPool:
+    """Hands out flat uninitialized tensors and uses their memory again. For any thread.
+
+    At rest it keeps as many bytes as twice the largest buffer that was asked for, and drops the longest unused first.
+    A tensor of the pool is ordinary but for one thing: its storage cannot be resized.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: list[_Block] = []
+        self._largest = 0
+        self._clock = 0
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor of shape (count,), aligned to 64 bytes at least."""
+        size = count * dtype.itemsize
+        if size < SMALL:
+            return torch.empty(count, dtype=dtype)
+        with self._lock:
+            self._clock += 1
+            capacity = _rounded(size)
+            self._largest = max(self._largest, capacity)
+            fits = [b for b in self._blocks if size <= b.capacity <= 2 * capacity and b.references() == _FREE]
+            if fits:
+                block = min(fits, key=lambda b: (b.capacity, -b.last_use))
+            else:
+                block = _Block(capacity)
+                self._blocks.append(block)
+            block.last_use = self._clock
+            tensor = block.tensor(count, dtype)
+            self._trim()
+            return tensor
+
+    def idle_bytes(self) -> int:
+        """Bytes that the pool keeps and nobody uses."""
+        with self._lock:
+            return sum(block.capacity for block in self._blocks if block.references() == _FREE)
+
+    def _trim(self) -> None:
+        """Drop free blocks, longest unused first, until the rest is within bounds. Called under the lock."""
+        free = sorted((b for b in self._blocks if b.references() == _FREE), key=lambda b: b.last_use)
+        excess = sum(block.capacity for block in free) - 2 * self._largest
+        for block in free:
+            if excess <= 0:
+                return
+            excess -= block.capacity
+            self._blocks.remove(block)
+
+
+def _rounded(size: int) -> int:
+    """Round up to one of eight steps an octave, so that sizes that differ a little share memory."""
+    step = max(mmap.PAGESIZE, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
