@@ -1,8 +1,9 @@
 """Fault points inside operations: a test or a churn schedule arms one, the next operation that passes it fires it.
 
-The points an operation passes, in order: "enter" (nothing sent yet), "header" (descriptors agree), "transfer" and
-"reduce" (in the engine, once per segment), "staged", "confirmed" (complete here), "copied" (the caller's memory is
-written). Nothing armed costs one look at an empty list per operation.
+The points an operation passes, in order: "enter" (nothing sent yet), "begin" (descriptors agree), "transfer" and
+"reduce" (once per segment that arrived, that was reduced), "end" (the result is whole), "staged" (and recorded as
+such), "confirmed" (complete here), "copied" (the caller's memory is written). The engine passes those from "begin" to
+"end". Nothing armed costs one look at an empty list per operation.
 """
 
 import threading
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from collectives.errors import UsageError
 
-POINTS = ("enter", "header", "transfer", "reduce", "staged", "confirmed", "copied")
+POINTS = ("enter", "begin", "transfer", "reduce", "end", "staged", "confirmed", "copied")
 
 Action = Callable[[str], None]
 

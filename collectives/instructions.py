@@ -17,7 +17,7 @@ from collectives.transports.base import Pending, Transport
 
 NONE = -1
 
-Kernel = Callable[[Tensor], None]
+Kernel = Callable[[Tensor], object]
 Reduction = Callable[[Tensor, Tensor, Tensor], object]
 Probe = Callable[[str], None]
 

@@ -33,6 +33,8 @@ class Options:
     """An epoch of fewer members is refused (`QuorumLost`)."""
     quorum: bool = False
     """If set, an epoch needs more than half of the last one's members."""
+    check_inputs: bool = False
+    """Debug: hash the input of each operation before and after it, and complain if the caller changed it."""
     listen: str = "127.0.0.1"
     """Address that this process listens on."""
     advertise: str = ""

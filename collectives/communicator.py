@@ -1,0 +1,317 @@
+"""The communicator: collectives among members that come and go. What users of the package call.
+
+    comm = Communicator.join(coordinator="127.0.0.1:29400", run="exp1")
+    outcome = comm.all_reduce(tensor, op="avg")
+    comm.leave()
+
+A collective ends with the same bits on every surviving member, or with an error on every survivor and its inputs
+untouched. The outcome names the members whose data are in it.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from collectives.calls import Collectives
+from collectives.epochs import Epochs
+from collectives.errors import CoordinatorUnreachable, LaneMisuse, OperationTimeout, UsageError
+from collectives.group import Alone, Group, Runner
+from collectives.lanes import Lane
+from collectives.membership.member import MAIN
+from collectives.membership.protocol import Decision
+from collectives.membership.session import Event, Session
+from collectives.membership.wire import load_token
+from collectives.operations import Operation, View
+from collectives.options import Options
+from collectives.outcome import Outcome, Work
+from collectives.step import Step
+from collectives.sync import SyncReport, sync
+
+
+class Communicator(Collectives):
+    """A member's access to its group. Make one with `join` or `solo`; a context manager that leaves at the end.
+
+    The operations are those of `Collectives`.
+    """
+
+    def __init__(self, runner: Runner, session: Session | None, epochs: Epochs | None) -> None:
+        self._runner = runner
+        self._session, self._epochs = session, epochs
+        self._lanes: dict[str, Lane] = {}
+        self._step: Step | None = None
+        self._synced = False
+        self._observers: list[Callable[[Event], None]] = []
+        self._closed = False
+
+    # --- coming and going ---
+
+    @classmethod
+    def join(
+        cls,
+        coordinator: str = "",
+        run: str = "default",
+        token: str | None = None,
+        transport: str = "gloo",
+        options: Mapping[str, Any] | Options | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Self:
+        """Join a run; returns as a member of an epoch, when its transport is ready.
+
+        Args:
+            coordinator: HOST:PORT; empty: RINGHOLD_COORDINATOR.
+            run: name of the run, the same for the coordinator and all members.
+            token: the shared secret; None: RINGHOLD_TOKEN, else the file that RINGHOLD_TOKEN_FILE names.
+            transport: "gloo"; the same for all members.
+            options: see `Options`.
+            on_event: as `on_event`, from the start.
+
+        Raises:
+            JoinRefused: wrong token, another run, another version, another transport.
+            CoordinatorUnreachable: no coordinator there, or no place in an epoch, within `join_timeout`.
+            UsageError: no token, a malformed address, an unknown option or transport.
+
+        """
+        chosen = options if isinstance(options, Options) else Options.resolve(options)
+        address = parse_address(coordinator)
+        secret = load_token(token)
+        epochs = Epochs(
+            transport,
+            run,
+            secret,
+            chosen,
+            on_ready=lambda epoch: comm._ready(epoch),
+            on_failure=lambda epoch, peer: comm._link_failed(epoch, peer),
+        )
+        session = Session(
+            address,
+            run,
+            secret,
+            chosen,
+            transport,
+            epochs.address,
+            on_fence=epochs.fence,
+            on_decision=lambda decision: comm._decided(decision),
+            on_event=lambda event: comm._tell(event),
+        )
+        group = Group(session, epochs, chosen.check_inputs, lambda epoch: comm._recovered(epoch))
+        comm = cls(group, session, epochs)
+        if on_event is not None:
+            comm.on_event(on_event)
+        session.start()
+        try:
+            comm._await_first_epoch(chosen.join_timeout)
+        except BaseException:
+            comm.close()
+            raise
+        return comm
+
+    @classmethod
+    def solo(cls) -> Self:
+        """Return a communicator of one member and no network, so that code needs no `if distributed`."""
+        return cls(Alone(), None, None)
+
+    def leave(self) -> None:
+        """Leave the run, with notice, and free everything. Operations under way end with `Evicted`."""
+        if self._session is not None and not self._closed:
+            core, changed = self._session.core, self._session.changed
+            with changed:
+                if core.error is None:
+                    self._session.post(core.leave("leave() was called"))
+                    changed.wait_for(lambda: core.error is not None, timeout=2.0)
+        self.close()
+
+    def close(self) -> None:
+        """Free everything; the others see a loss unless `leave` was called before. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._session is not None and self._epochs is not None:
+            self._session.close()
+            self._session.fail(UsageError("this communicator was closed; join again"))
+            self._epochs.close()
+        for lane in self._lanes.values():
+            lane.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    # --- who is here ---
+
+    @property
+    def rank(self) -> int:
+        """This member's place among `members`."""
+        return self._lane(MAIN).view.rank
+
+    @property
+    def size(self) -> int:
+        """World size."""
+        return self._lane(MAIN).view.size
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ids of the members by rank. Changes only when a call returns (rule R5)."""
+        return self._lane(MAIN).view.members
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that `rank` and `size` belong to."""
+        return self._lane(MAIN).view.epoch
+
+    @property
+    def member_id(self) -> int:
+        """Number of this member, never used again in the run."""
+        return self.members[self.rank]
+
+    @property
+    def founder(self) -> bool:
+        """Whether this member was there when the run began; it may vote in `sync` from the start."""
+        if self._session is None:
+            return True
+        decision = self._session.core.decision
+        return decision is not None and any(i.founder for i in decision.members if i.member == self.member_id)
+
+    def on_event(self, observer: Callable[[Event], None]) -> None:
+        """Call `observer` with a dict when the membership changes: fenced, epoch, ready, recovered, evicted.
+
+        Each has "event" and "time" (seconds since 1970) and "epoch" where there is one. Calls come from other
+        threads and must not block.
+        """
+        self._observers.append(observer)
+
+    # --- membership at safe points ---
+
+    def admit(self) -> bool:
+        """Let waiting peers in, at a point where every member calls this and all its lanes are idle (rule R13).
+
+        Where nobody waits it is one small all-reduce. True: the membership changed, on every member alike; the new
+        ones' first call is `sync`, so the others call it now.
+
+        Raises:
+            LaneMisuse: an operation is under way on some lane.
+
+        """
+        busy = sorted(name for name, lane in self._lanes.items() if not lane.idle)
+        if busy:
+            raise LaneMisuse(f"admit() needs every lane idle; wait for the operations on {', '.join(busy)} first")
+        session = self._session
+        if session is None:
+            return False
+        bit = torch.tensor([session.waiting > 0], dtype=torch.int32)
+        self.all_reduce(bit, "max")
+        if not bit.item():
+            return False
+        before = self.members
+        core, changed = session.core, session.changed
+        with changed:
+            if core.error is None:
+                session.post(core.admit())
+            changed.wait_for(lambda: not core.admitting or core.error is not None)
+            if core.error is not None:
+                raise core.error
+        for lane in self._lanes.values():
+            lane.refresh()
+        return self.members != before
+
+    def sync(self, state: dict[Any, Any]) -> SyncReport:
+        """Bring `state` to the same bits on every member, those of the healed majority; see `collectives.sync.sync`."""
+        report = sync(self, state, voter=self.founder or self._synced, synced=self._synced)
+        self._synced = True
+        return report
+
+    def step(self) -> Step:
+        """Return a context for one training step (rule R15); see `Step`."""
+        self._step = Step(self)
+        return self._step
+
+    def resume(self, lane: str = MAIN) -> None:
+        """Go on after a `MemberLost` of an operation with `on_loss="raise"`: the lane takes operations again."""
+        self._lane(lane).resume()
+
+    # --- inside ---
+
+    def _start(self, operation: Operation, async_op: bool) -> Outcome | Work:
+        if self._closed:
+            raise UsageError("this communicator was closed; join again")
+        lane = self._lane(operation.lane)
+        if async_op:
+            return lane.submit(operation)
+        return lane.run(operation)
+
+    def _view(self, lane: str) -> View:
+        return self._lane(lane).view
+
+    def _execute(self, operation: Operation) -> Outcome:
+        outcome = self._runner.execute(operation)
+        if self._step is not None:
+            self._step.saw(outcome)
+        return outcome
+
+    def _lane(self, name: str) -> Lane:
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes.setdefault(name, Lane(name, self._execute, lambda: self._runner.view(name)))
+        return lane
+
+    def _await_first_epoch(self, timeout: float) -> None:
+        assert self._session is not None
+        assert self._epochs is not None
+        session, epochs = self._session, self._epochs
+        deadline = time.monotonic() + timeout
+        with session.changed:
+            while True:
+                core = session.core
+                if core.error is not None:
+                    raise core.error
+                if core.epoch and epochs.transport(core.epoch) is not None:
+                    return
+                left = deadline - time.monotonic()
+                if left <= 0 and not core.epoch:
+                    raise CoordinatorUnreachable(
+                        f"no epoch took this peer in within {timeout:g} s: the members call admit() at safe points, "
+                        "and the first epoch waits for all founders"
+                    )
+                if left <= 0:
+                    raise OperationTimeout(f"the links of epoch {core.epoch} were not ready within {timeout:g} s")
+                session.changed.wait(left)
+
+    def _decided(self, decision: Decision) -> None:
+        assert self._session is not None
+        assert self._epochs is not None
+        self._epochs.advance(decision, self._session.core.member)
+
+    def _ready(self, epoch: int) -> None:
+        assert self._session is not None
+        with self._session.changed:
+            self._session.changed.notify_all()
+        self._tell({"event": "ready", "time": time.time(), "epoch": epoch})
+
+    def _link_failed(self, epoch: int, peer: int) -> None:
+        assert self._session is not None
+        with self._session.changed:
+            messages = self._session.core.link_down(epoch, peer)
+        self._session.post(messages)
+
+    def _recovered(self, epoch: int) -> None:
+        self._tell({"event": "recovered", "time": time.time(), "epoch": epoch})
+
+    def _tell(self, event: Event) -> None:
+        for observer in self._observers:
+            observer(event)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Parse HOST:PORT, or RINGHOLD_COORDINATOR where `text` is empty. Raises `UsageError`."""
+    text = text or os.environ.get("RINGHOLD_COORDINATOR", "")
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"{text!r} is no coordinator address; give HOST:PORT or set RINGHOLD_COORDINATOR")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,51 @@
+"""Operation headers: what each member says it is about to do, compared before any payload moves (rule R9)."""
+
+import msgspec
+
+from collectives.errors import ProtocolError
+
+
+class Descriptor(msgspec.Struct, frozen=True, array_like=True):
+    """What must be the same on every member for one attempt of one operation.
+
+    `view` is the epoch whose ranks the caller saw when it issued the operation; 0 where that does not matter.
+    """
+
+    epoch: int
+    lane: str
+    seq: int
+    view: int
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    op: str
+    root: int
+    algorithm: str
+    on_loss: str
+
+    def encode(self) -> bytes:
+        """Bytes for the wire; equal descriptors have equal bytes."""
+        return _encoder.encode(self)
+
+    def __str__(self) -> str:
+        words = [f"{self.kind}(shape {list(self.shape)}, {self.dtype}"]
+        words += [f"op {self.op}"] if self.op else []
+        words += [f"root {self.root}"] if self.root else []
+        words += [f"on_loss {self.on_loss}", f"algorithm {self.algorithm})", f"as operation {self.seq}"]
+        return ", ".join(words)
+
+    def differs_by_view_only(self, other: "Descriptor") -> bool:
+        """Whether one was issued before a loss and the other after, all else equal."""
+        return self.view != other.view and msgspec.structs.replace(self, view=other.view) == other
+
+
+def decode(data: bytes) -> Descriptor:
+    """Parse a neighbour's header. Raises `ProtocolError` if it is none."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a neighbour sent something that is no operation header: {error}") from None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Descriptor] = msgspec.msgpack.Decoder(Descriptor)

@@ -1,0 +1,315 @@
+"""Runs operations: headers, engine, confirmation, and what becomes of them when the membership changes.
+
+`Group` does it among the members of a run; `Alone` is the same interface for one member and no network. The verdict on
+an attempt that fails is the membership's alone (rules R2 to R4); this module obeys it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from collectives import descriptor, faults
+from collectives.confirm import confirm
+from collectives.descriptor import Descriptor
+from collectives.engine import Engine
+from collectives.epochs import Epochs
+from collectives.errors import MemberLost, RingholdError, TransportLost, UsageError
+from collectives.membership.member import Completed, Run, Wait
+from collectives.membership.protocol import Differs
+from collectives.membership.session import Session
+from collectives.operations import Operation, Plan, View
+from collectives.outcome import Outcome
+from collectives.schedule import Schedule
+from collectives.staging import StagingPool
+from collectives.state import state_hash
+from collectives.transports.alone import NoTransport
+from collectives.transports.base import Transport, channel_of
+
+
+class Runner(ABC):
+    """Whoever runs operations for a communicator, one at a time on each lane."""
+
+    @abstractmethod
+    def view(self, lane: str) -> View:
+        """Return the ranks that the caller of this lane sees (rule R5)."""
+
+    @abstractmethod
+    def execute(self, operation: Operation) -> Outcome:
+        """Run one operation to its end, by result or by error."""
+
+
+class Alone(Runner):
+    """One member, no network."""
+
+    def __init__(self) -> None:
+        self._view = View(1, (1,), 0)
+        self._pool = StagingPool()
+        self._engine = Engine(self._pool)
+        self._transport = NoTransport()
+
+    def view(self, lane: str) -> View:
+        """Always the same."""
+        return self._view
+
+    def execute(self, operation: Operation) -> Outcome:
+        """Run the schedule for a world of one: no step moves anything."""
+        plan = operation.plan(self._view)
+        staging = self._pool.take(plan.schedule.count, plan.dtype)
+        self._engine.run(plan.schedule, self._transport, 0, plan.source, staging, plan.op, plan.kernels, lift=plan.lift)
+        return Outcome(operation.deliver(staging, self._view), self._view.members, 1, 1, False)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The last attempt of an operation: where its result is staged, and for whom."""
+
+    view: View
+    staging: Tensor
+
+
+class Group(Runner):
+    """The members of a run, through the session and the transports of its epochs.
+
+    Args:
+        session: this member's place in the run; its condition is the engine lock.
+        epochs: the transports.
+        check_inputs: hash each input before and after the operation and complain if the caller changed it (rule R7).
+        on_recovered: called with the epoch after its first complete operation, where it began with a loss.
+
+    """
+
+    def __init__(
+        self, session: Session, epochs: Epochs, check_inputs: bool, on_recovered: Callable[[int], None]
+    ) -> None:
+        self._session = session
+        self._epochs = epochs
+        self._check_inputs = check_inputs
+        self._on_recovered = on_recovered
+        self._pool = StagingPool()
+        self._engine = Engine(self._pool)
+        self._recovered = 0
+        self._channels: dict[int, str] = {}
+
+    def view(self, lane: str) -> View:
+        """Return the ranks of the attempt that completed the lane's last operation."""
+        with self._session.changed:
+            return self._view_of(self._session.core.lane(lane).view)
+
+    def execute(self, operation: Operation) -> Outcome:
+        """Run one operation to its end.
+
+        Raises:
+            MemberLost, DescriptorMismatch, CrossedWaits: on every survivor alike; inputs untouched.
+            Evicted, QuorumLost, CoordinatorUnreachable: this member is out of the run.
+
+        """
+        core, changed = self._session.core, self._session.changed
+        self._claim_channel(operation.lane)
+        with changed:
+            if core.error is not None:
+                raise core.error
+            seq = core.enter(operation.lane, operation.kind)
+        try:
+            return self._settle(operation, seq)
+        except RingholdError:
+            raise
+        except BaseException as error:
+            # Rule R4: whoever gives up inside an operation by itself has departed.
+            why = f"{type(error).__name__} inside {operation.kind} {seq} of lane {operation.lane!r}"
+            self._session.post(core.leave(why))
+            raise
+        finally:
+            with changed:
+                core.exit(operation.lane, seq)
+                core.forget()
+
+    def _settle(self, operation: Operation, seq: int) -> Outcome:
+        """Attempt until the membership's verdict is final."""
+        attempts, last = 0, None
+        before = self._fingerprint(operation)
+        probe = faults.probe(operation.kind, seq)
+        if probe:
+            probe("enter")
+        while True:
+            verdict = self._verdict(operation.lane, seq)
+            if isinstance(verdict, RingholdError):
+                raise verdict
+            if isinstance(verdict, Completed):
+                assert last is not None
+                assert last.view.epoch == verdict.epoch
+                break
+            view, transport = verdict
+            self._refuse_if_lost(operation, seq, view, transport)
+            attempts += 1
+            try:
+                last = None  # free the staging of the attempt before
+                plan = operation.plan(view)
+                last = _Attempt(view, self._pool.take(plan.schedule.count, plan.dtype))
+                self._attempt(operation, seq, plan, last, transport, probe)
+            except TransportLost as error:
+                peer = 0 if error.peer is None else view.members[error.peer]
+                with self._session.changed:
+                    self._session.post(self._session.core.interrupt(operation.lane, view.epoch, peer))
+            else:
+                break
+        if self._fingerprint(operation) != before:
+            raise UsageError(f"the input of {operation.kind} {seq} was changed while the operation was under way")
+        if probe:
+            probe("confirmed")
+        result = operation.deliver(last.staging, last.view)
+        if probe:
+            probe("copied")
+        if last.view.epoch != self._recovered:
+            self._recovered = last.view.epoch
+            self._on_recovered(last.view.epoch)
+        return Outcome(result, last.view.members, last.view.epoch, attempts, isinstance(verdict, Completed))
+
+    def _fingerprint(self, operation: Operation) -> str:
+        """Hash the input in the debug mode of rule R7: the caller leaves it alone until the outcome."""
+        return state_hash({"input": operation.input}) if self._check_inputs else ""
+
+    def _verdict(self, lane: str, seq: int) -> RingholdError | Completed | tuple[View, Transport]:
+        """Wait until it is clear what becomes of the operation; with Run also for the epoch's transport."""
+        session = self._session
+        with session.changed:
+            while True:
+                verdict = session.core.verdict(lane, seq)
+                if isinstance(verdict, Run):
+                    transport = self._epochs.transport(verdict.epoch)
+                    if transport is not None:
+                        return self._view_of(verdict.epoch), transport
+                elif not isinstance(verdict, Wait):
+                    return verdict
+                session.changed.wait()
+
+    def _attempt(
+        self,
+        operation: Operation,
+        seq: int,
+        plan: Plan,
+        attempt: _Attempt,
+        transport: Transport,
+        probe: Callable[[str], None] | None,
+    ) -> None:
+        """One try in one epoch (rule R2): headers, data, staged, confirmed.
+
+        Raises:
+            TransportLost: it failed or the epoch is fenced; the membership knows what becomes of it.
+
+        """
+        core, changed, view = self._session.core, self._session.changed, attempt.view
+        channel = channel_of(operation.lane)
+        if view.size > 1:
+            self._agree(operation, seq, plan.schedule, view, transport, channel)
+        core.lanes[operation.lane].phase = "moving"
+        self._engine.run(
+            plan.schedule,
+            transport,
+            channel,
+            plan.source,
+            attempt.staging,
+            plan.op,
+            plan.kernels,
+            probe,
+            plan.lift,
+        )
+        with changed:
+            if not core.stage(operation.lane, seq, view.epoch):
+                raise TransportLost("the epoch was fenced before the result was staged")
+        if probe:
+            probe("staged")
+        confirm(transport, channel, seq.to_bytes(8))
+        with changed:
+            if not core.complete(operation.lane, seq, view.epoch):
+                raise TransportLost("the epoch was fenced before the result was confirmed")
+
+    def _agree(
+        self, operation: Operation, seq: int, schedule: Schedule, view: View, transport: Transport, channel: int
+    ) -> None:
+        """Rule R9: compare headers on every link in use, and around the ring always, before data is received."""
+        mine = _describe(operation, seq, view)
+        data = mine.encode()
+        lane = self._session.core.lanes[operation.lane]
+        senders, receivers = _partners(schedule, view.rank)
+        for peer in receivers:
+            transport.send_note(peer, data, channel)
+        for peer in senders:
+            lane.phase, lane.waiting_for = "waiting", view.members[peer]
+            theirs = transport.recv_note(peer, channel)
+            while theirs != data:
+                other = descriptor.decode(theirs)
+                if other.seq >= seq:
+                    self._complain(mine, other, view.members[peer])
+                # An older one: a member that saw a loss before we did told us that it does not take part.
+                theirs = transport.recv_note(peer, channel)
+        lane.waiting_for = 0
+
+    def _complain(self, mine: Descriptor, theirs: Descriptor, other: int) -> None:
+        """Report the difference and give the attempt up; the verdict reaches every member."""
+        lost = mine.differs_by_view_only(theirs) or theirs.seq > mine.seq
+        message = Differs(mine.epoch, mine.lane, mine.seq, str(mine)[:2000], str(theirs)[:2000], other, lost)
+        with self._session.changed:
+            self._session.post(self._session.core.complain(message))
+        raise TransportLost("a neighbour's header differs")
+
+    def _refuse_if_lost(self, operation: Operation, seq: int, view: View, transport: Transport) -> None:
+        """Rule R6: raise if members that the caller counted on are gone and the operation cannot do without them."""
+        lost = tuple(m for m in operation.view.members if m not in view.members)
+        if not lost or (operation.elastic and operation.root not in lost):
+            return
+        if view.size > 1:
+            # Members that issued it after the loss must not wait for us. If this fails another change is under way,
+            # which makes their view as old as ours.
+            with suppress(TransportLost):
+                data = _describe(operation, seq, view).encode()
+                transport.send_note((view.rank + 1) % view.size, data, channel_of(operation.lane))
+        names = ", ".join(map(str, lost))
+        raise MemberLost(
+            f"{operation.kind} {seq} of lane {operation.lane!r}: lost member {names}; {view.size} are left. Inputs are "
+            "untouched: adapt to the new membership and call again",
+            lost,
+            view.members,
+        )
+
+    def _view_of(self, epoch: int) -> View:
+        core = self._session.core
+        members = core.past[epoch]
+        rank = members.index(core.member)
+        return View(epoch, members, rank)
+
+    def _claim_channel(self, lane: str) -> None:
+        other = self._channels.setdefault(channel_of(lane), lane)
+        if other != lane:
+            raise UsageError(f"lanes {lane!r} and {other!r} cannot be used together; rename one of them")
+
+
+def _describe(operation: Operation, seq: int, view: View) -> Descriptor:
+    """Build the header of one attempt."""
+    tensor = operation.tensor
+    return Descriptor(
+        epoch=view.epoch,
+        lane=operation.lane,
+        seq=seq,
+        view=0 if operation.elastic else operation.view.epoch,
+        kind=operation.kind,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        op=operation.op,
+        root=operation.root,
+        algorithm=operation.label,
+        on_loss=operation.on_loss,
+    )
+
+
+@lru_cache(maxsize=64)
+def _partners(schedule: Schedule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ranks whose headers this one reads, and ranks that it sends its own to; the ring neighbours come first."""
+    steps = schedule.local(rank).steps
+    before, behind = (rank - 1) % schedule.world, (rank + 1) % schedule.world
+    senders = dict.fromkeys([before, *(recv.peer for step in steps for recv in step.recvs)])
+    receivers = dict.fromkeys([behind, *(send.peer for step in steps for send in step.sends)])
+    return tuple(senders), tuple(receivers)

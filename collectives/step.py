@@ -1,0 +1,52 @@
+"""One training step as a unit: all of its collectives over the same members, or none of it counts (rule R15)."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from collectives.errors import MemberLost
+from collectives.outcome import Outcome
+
+if TYPE_CHECKING:
+    from collectives.communicator import Communicator
+
+
+class Step:
+    """A context that ends with an agreement whether the step counts; `Communicator.step` makes it.
+
+        with comm.step() as step:
+            ...  # compute and reduce; nothing that cannot be undone
+        if step.committed:
+            optimizer.step()
+        # else restore what was changed and repeat the step: a member was lost in it
+
+    Without it, buckets of one gradient could be summed over different members. A `MemberLost` inside counts as a loss
+    and is not raised further.
+    """
+
+    def __init__(self, comm: "Communicator") -> None:
+        self._comm = comm
+        self._members = comm.members
+        self._lost = False
+        self.committed = False
+        """After the context: the same on every member."""
+
+    def saw(self, outcome: Outcome) -> None:
+        """Take note of an operation inside the step; the communicator calls it."""
+        if outcome.contributors != self._members:
+            self._lost = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is not None and not isinstance(error, MemberLost):
+            return False
+        flag = torch.tensor([self._lost or error is not None], dtype=torch.int32)
+        # Lost in this very operation means after all others were complete: the step counts.
+        self._comm.all_reduce(flag, "max")
+        self.committed = not flag.item()
+        return True
