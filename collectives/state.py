@@ -55,6 +55,10 @@ class StateIndex:
         """The index as bytes, for a peer that knows the length of the skeleton."""
         return self.skeleton + b"".join(chunk for chunks in self.chunks for chunk in chunks)
 
+    def outline(self) -> bytes:
+        """The index without chunks: enough for `outline_tokens`."""
+        return self.skeleton + b"".join(self.leaves)
+
     @classmethod
     def unpack(cls, data: bytes, skeleton_bytes: int) -> Self:
         """Read the index of a peer. Whoever knows the digest that it should have compares it.
@@ -67,8 +71,22 @@ class StateIndex:
         sizes = [chunk_count(slot.nbytes) for slot in tree.parse(skeleton).slots]
         if sum(sizes) * DIGEST_BYTES != len(rest):
             raise ProtocolError(f"the index of a state has {len(rest)} bytes of digests for {sum(sizes)} chunks")
-        found = iter([rest[at : at + DIGEST_BYTES] for at in range(0, len(rest), DIGEST_BYTES)])
+        found = iter(_split(rest))
         return cls(skeleton, tuple(tuple(next(found) for _ in range(size)) for size in sizes))
+
+
+def outline_tokens(outline: bytes, skeleton_bytes: int) -> dict[Path, bytes]:
+    """`StateIndex.tokens` of a peer's state, from its `StateIndex.outline`.
+
+    Raises:
+        ProtocolError: it is no outline with a skeleton of that length.
+
+    """
+    parsed = tree.parse(outline[:skeleton_bytes])
+    leaves = _split(outline[skeleton_bytes:])
+    if len(leaves) != len(parsed.slots):
+        raise ProtocolError(f"the outline of a state has {len(leaves)} digests for {len(parsed.slots)} tensors")
+    return tree.tokens(parsed, leaves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +132,11 @@ def _chunk_digests(flat: Flat) -> tuple[tuple[bytes, ...], ...]:
         if _view(tensor) not in by_view:
             by_view[_view(tensor)] = tuple(digests(_pieces(tensor)))
     return tuple(by_view[_view(tensor)] for tensor in flat.tensors)
+
+
+def _split(data: bytes) -> list[bytes]:
+    """The digests that lie one after the other in `data`."""
+    return [data[at : at + DIGEST_BYTES] for at in range(0, len(data), DIGEST_BYTES)]
 
 
 def _pieces(tensor: Tensor) -> list[Data]:

@@ -123,6 +123,19 @@ def tokens(tree: Tree, leaf_digests: Sequence[bytes]) -> dict[Path, bytes]:
     return dict(_tokens(tree.root, (), leaf_digests))
 
 
+def differing(states: Sequence[dict[Path, bytes]]) -> tuple[str, ...]:
+    """Names of the nodes at which states differ, from their `tokens`; where a whole part differs, of its root only."""
+    differ: set[Path] = set()
+    roots: list[str] = []
+    for path in dict.fromkeys(path for state in states for path in state):  # a parent comes before its children
+        inside = path[:-1] in differ
+        if inside or len({state.get(path) for state in states}) > 1:
+            differ.add(path)
+            if not inside:
+                roots.append(name(path))
+    return tuple(roots)
+
+
 def refill(state: dict[Any, Any], tree: Tree, tensors: Sequence[Tensor]) -> None:
     """Make `state` the tree, in place, with `tensors[i]` where slot `i` stands; extra keys are removed.
 
