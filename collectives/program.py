@@ -280,6 +280,7 @@ class _Order:
         self._plan = plan
         self._made: list[Instruction] = []
         self._waited: set[int] = set()
+        self._did: set[int] = set()
         self._posted = 0
         self._slots_in_use = 0
         self._slots = min(plan.slots, plan.cutting.window + 1)
@@ -288,6 +289,7 @@ class _Order:
         plan = self._plan
         self._post_ahead(NONE)
         self._do_due(NONE)
+        self._post_ahead(NONE)
         for index, receive in enumerate(plan.receives):
             if self._posted == index:
                 self._post(index)
@@ -315,7 +317,8 @@ class _Order:
                 continue
             if receive.landing_after > done:
                 return
-            if any(plan.send_steps[send] >= step for send in receive.landing_waits - self._waited):
+            waits = receive.landing_waits - self._waited
+            if any(plan.send_steps[send] >= step or plan.send_due[send] not in self._did for send in waits):
                 return  # its time will come: waiting for it now might be waiting for a peer that waits for us
             self._post(self._posted)
 
@@ -335,6 +338,7 @@ class _Order:
         return TakeNote(receive.peer, receive.start, receive.stop, receive.slot)
 
     def _do_due(self, done: int) -> None:
+        self._did.add(done)
         for task in self._plan.due.get(done, ()):
             self._await_sends(task.waits)
             self._made.append(task.instruction)
