@@ -144,13 +144,13 @@ class Program(Protocol):
         """All rows of a step."""
 
     def sends(self, rank: int) -> Iterator[tuple[int, Send]]:
-        """`(step, row)` of what the rank sends, in the order of steps and, within a step, of rows."""
+        """`(step, row)` of what the rank sends; rows of one step in their order."""
 
     def recvs(self, rank: int) -> Iterator[tuple[int, Recv]]:
-        """`(step, row)` of what the rank receives, in the same order."""
+        """`(step, row)` of what the rank receives; rows of one step in their order."""
 
     def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool]]:
-        """`(step, kernel, start, stop, elementwise)` of what the rank computes, in the same order."""
+        """`(step, kernel, start, stop, elementwise)` of what the rank computes; rows of one step in their order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +216,7 @@ class Schedule:
         return tuple((start, stop) for start, stop in self.wanting(self._known(rank)) if start < stop)
 
     @classmethod
-    def from_steps(  # noqa: PLR0917 - the columns of a schedule, in the order of its fields
+    def from_steps(
         cls,
         kind: str,
         algorithm: str,

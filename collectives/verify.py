@@ -29,12 +29,12 @@ REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
 def verify(schedule: Schedule) -> None:
     """Prove that a schedule does what its kind promises, and that timing cannot change the result.
 
-    In each step no copied range meets another write or a send of the same rank; no computation meets anything; nothing
-    undefined is sent, reduced or computed on; nothing finished is reduced or finished again; and no contribution is
-    reduced in twice. At the end each wanted range holds, exactly once, the contributions of all ranks that hold it
-    (kinds in `REDUCING`) or of one of them (other kinds), finished if the schedule has a kernel "finish". Ranks that
-    want the same reduced range got it from the same reductions of the same operands, up to the order of the two
-    operands, so that their bits are equal. After a barrier, every rank has heard of every other.
+    In each step no copied range meets another write or a send of the same rank, and no computation meets anything.
+    Nothing undefined is sent, reduced or computed on; no contribution is reduced in twice; nothing is finished twice,
+    or before it is fully reduced. At the end each wanted range holds, exactly once, the contributions of all ranks
+    that hold it (kinds in `REDUCING`) or of one of them (other kinds), finished if the schedule has a kernel "finish".
+    Ranks that want the same reduced range got it from the same reductions of the same operands, up to the order of the
+    two operands, so that their bits are equal. After a barrier, every rank has heard of every other.
 
     Raises:
         ScheduleError: it does not; the message names the step, rank and range, and what is wrong.
@@ -191,15 +191,14 @@ class _State:
         while len(left):  # once, unless a rank reduces several transfers into one cell: those go in order
             _, first = np.unique(rows.rank[left] * self.cut.cells + rows.cell[left], return_index=True)
             now = left[first]
-            self._reduce(rows.where(now), parts[now], value[now], finished[now])
+            self._reduce(rows.where(now), parts[now], value[now])
             left = np.delete(left, first)
 
-    def _reduce(self, rows: _Rows, parts: Bits, value: Hashes, finished: Bools) -> None:
+    def _reduce(self, rows: _Rows, parts: Bits, value: Hashes) -> None:
         target = rows.rank, rows.cell
         mine = self.parts[target]
         self._require(_some(mine), rows, "step {step} reduces from rank {other} into what is undefined")
         self._require(~_some(mine & parts), rows, "step {step} reduces from rank {other} what is in it already")
-        self._require(~(self.finished[target] | finished), rows, "step {step} reduces from rank {other} after a finish")
         self.parts[target] = mine | parts
         self.value[target] = _mix(self.value[target] + value)
 
@@ -221,19 +220,22 @@ class _State:
     def conclude(self) -> None:
         """Check what the ranks want at the end."""
         rank, cell = np.nonzero(self.cut.wanted)
-        ends = np.unpackbits(self.parts[rank, cell], axis=1, count=self.cut.schedule.world).astype(np.bool_)
+        ends = self.parts[rank, cell]
         self._refuse(rank, cell, ~_some(ends), "is undefined at the end")
         if self.cut.schedule.kind in REDUCING:
-            for row in np.flatnonzero((ends != self.cut.held[:, cell].T).any(axis=1)):
-                lacking = np.flatnonzero(self.cut.held[:, cell[row]] & ~ends[row]).tolist()
+            for row in np.flatnonzero(_some(ends ^ self.holders[cell])):
+                lacking = self._ranks(self.holders[cell[row]] & ~ends[row])
                 self.cut.fail(rank[row], cell[row], f"lacks the contributions of ranks {lacking} at the end")
             self._require_equal_bits()
         else:
-            for row in np.flatnonzero(ends.sum(axis=1) > 1):
-                mixed = np.flatnonzero(ends[row]).tolist()
+            for row in np.flatnonzero(_BITS[ends].sum(axis=1) > 1):
+                mixed = self._ranks(ends[row])
                 self.cut.fail(rank[row], cell[row], f"mixes the contributions of ranks {mixed} at the end")
         if "finish" in self.cut.schedule.kernels:
             self._refuse(rank, cell, ~self.finished[rank, cell], "is not finished at the end")
+
+    def _ranks(self, bits: Bits) -> list[int]:
+        return list(np.flatnonzero(np.unpackbits(bits, count=self.cut.schedule.world)).tolist())
 
     def _require_equal_bits(self) -> None:
         wanted = self.cut.wanted
@@ -254,6 +256,10 @@ class _State:
         if wrong.any():
             row = int(np.argmax(wrong))
             self.cut.fail(int(rank[row]), int(cell[row]), what)
+
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
+"""How many bits are set in each byte."""
 
 
 def _some(sets: Bits | Bools) -> Bools:
