@@ -60,12 +60,14 @@ def parse(text: str) -> tuple[Fault, ...]:
     return tuple(sorted((_item(item) for item in items), key=lambda fault: fault.step))
 
 
-def draw(rate: float, peers: int, steps: int, seed: int, revive: bool = False) -> tuple[Fault, ...]:
+def draw(
+    rate: float, peers: int, steps: int, seed: int, revive: bool = False, *, coordinator: bool = True
+) -> tuple[Fault, ...]:
     """Draw a schedule of `rate` faults per 100 steps on average, which keeps near `peers` peers alive.
 
     Below `peers` living peers a join is twice as likely as a loss; a loss never leaves fewer than two. The first and
     the last tenth of the run stay quiet, so that everybody is in and the last joiner has time to work. `revive`: only
-    as many joins as peers are down.
+    as many joins as peers are down. `coordinator`: whether it may be struck too.
 
     Raises:
         UsageError: the rate is not between 0 and 100.
@@ -80,11 +82,13 @@ def draw(rate: float, peers: int, steps: int, seed: int, revive: bool = False) -
     for step in range(quiet, steps - quiet):
         if source.random() * 100 >= rate * steps / max(1, steps - 2 * quiet):
             continue
-        weights: dict[FaultKind, int] = {"coordinator": 1}
+        weights: dict[FaultKind, int] = {"coordinator": 1} if coordinator else {}
         if living > 2:
             weights |= {"kill": 4, "stop": 2}
         if living < peers and (down or not revive):
             weights["join"] = 12
+        if not weights:
+            continue
         kind = source.choices(list(weights), list(weights.values()))[0]
         living += {"kill": -1, "join": 1}.get(kind, 0)
         down += {"kill": 1, "join": -1}.get(kind, 0)

@@ -19,6 +19,7 @@ class Narrator:
 
     def __init__(self) -> None:
         self._epoch = 0
+        self._evaluated_at = 0
         self._members: dict[int, str] = {}
 
     def tell(self, entry: Entry) -> str | None:
@@ -36,6 +37,12 @@ class Narrator:
             case "joined":
                 self._members[entry["member"]] = source
                 return f"{source} is member {entry['member']} of epoch {entry['epoch']}"
+            case "late":
+                return f"{source} came when the run was over"
+            case "left":
+                return f"{source} left"
+            case "eval":
+                return self._evaluated(entry)
             case "event":
                 return self._event(entry)
             case "error":
@@ -47,6 +54,12 @@ class Narrator:
             case "timeout":
                 return str(entry["detail"])
         return None
+
+    def _evaluated(self, entry: Entry) -> str | None:
+        if entry["step"] <= self._evaluated_at:
+            return None
+        self._evaluated_at = entry["step"]
+        return f"step {entry['step']}: loss on held-out text {entry['loss']:.4f}"
 
     def _event(self, entry: Entry) -> str | None:
         if entry["event"] == "evicted":

@@ -33,7 +33,7 @@ class PeerRecord:
     step: int = 0
     loss: float | None = None
     planned_end: str = ""
-    """"kill" or "leave" where the schedule ends this life."""
+    """"kill" or "leave" where the schedule ends this life, "late" where it came when the run was over."""
     code: int | None = None
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None

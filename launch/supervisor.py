@@ -239,7 +239,9 @@ class Supervisor:
             if life.state == "joining" or (life.state == "returning" and body["member"] == life.members[-1]):
                 life.state = "running"
         elif kind == "done":
-            life.result = body.get("result", {})
+            life.result = {key: value for key, value in body.items() if key not in {"type", "time"}}
+        elif kind == "late":
+            life.planned_end = "late"
         elif kind == "error":
             life.error = {key: body[key] for key in ("error", "message", "exit_code")}
         elif kind == "exit":
@@ -250,7 +252,7 @@ class Supervisor:
 
     def _peer_ended(self, life: PeerRecord) -> None:
         """Keep what a peer that failed said last; with `restart`, replace one that was lost."""
-        if life.code == 0 or life.planned_end == "leave":
+        if life.code == 0:
             return
         if not life.planned_end:
             life.tail = self.children[life.name].tail()

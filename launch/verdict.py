@@ -101,7 +101,7 @@ def _peers(record: RunRecord) -> Check:
 def _fine(peer: PeerRecord) -> bool:
     if peer.planned_end == "kill":
         return peer.code == -signal.SIGKILL
-    return peer.code == 0 and (peer.result is not None or peer.planned_end == "leave")
+    return peer.code == 0 and (peer.result is not None or peer.planned_end in {"leave", "late"})
 
 
 def _story(peer: PeerRecord) -> str:
@@ -114,6 +114,7 @@ def _story(peer: PeerRecord) -> str:
 def _worst(peers: Sequence[PeerRecord]) -> int:
     """Return the exit code that the ends of peers call for: their own error's where they name one, else lost peers."""
     codes = [peer.error["exit_code"] for peer in peers if peer.error is not None]
+    codes += [peer.code for peer in peers if peer.error is None and peer.code is not None and peer.code > 0]
     return max(codes, key=codes.count) if codes else MemberLost.exit_code
 
 

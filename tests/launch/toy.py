@@ -47,7 +47,7 @@ def peer(steps: int, pause: float, misdeed: str) -> int:
             print("the toy broke", flush=True)
             link.report("error", error="UsageError", message="no such file", exit_code=2)
             return 2
-    link.report("done", result={"hash": "same"})
+    link.report("done", hash="same")
     return 0
 
 

@@ -1,0 +1,150 @@
+"""`ringhold train`, also `python -m launch.train` under torchrun or MPI launchers: train with churn, prove the result.
+
+What a launcher starts here is a supervisor with one peer as its child, so that a peer's death is no affair of the
+launcher; started by hand it supervises all peers. `launch.demo` uses the same conclusion.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from collectives import faults as points
+from collectives.errors import UsageError
+from launch import console, faults, session
+from launch.config import JobConfig
+from launch.environment import Launcher, detect
+
+KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "copied"})
+"""Where a planned kill may land: in the middle of an all-reduce, not before its first byte or after its last."""
+
+
+@click.command("train", context_settings={"max_content_width": 100})
+@click.option("--peers", type=click.IntRange(1), help="Peers to start.  [default: 4; under a launcher its processes]")
+@click.option("--preset", default="1m", show_default=True, help="Model size: 1m, 10m or 100m parameters.")
+@click.option("--steps", type=int, default=120, show_default=True, help="Steps of the whole run.")
+@click.option("--batch", type=int, default=16, show_default=True, help="Samples a step, over all peers.")
+@click.option("--context", type=int, default=64, show_default=True, help="Tokens (bytes of text) a sample.")
+@click.option("--lr", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
+@click.option("--dtype", default="fp32", show_default=True, help="fp32 or fp64.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the data order, the weights and the churn.")
+@click.option(
+    "--data", multiple=True, metavar="FILE", help="Text to train on; repeatable.  [default: Python's own text]"
+)
+@click.option("--resume", metavar="FILE", help="Start from the final.safetensors of an earlier run.")
+@click.option("--churn", default="", metavar="LIST", help='Faults, as in "kill@12,stop@20:1,join@25,coordinator@30".')
+@click.option("--churn-rate", type=float, default=0.0, help="Random faults instead, so many per 100 steps.")
+@click.option("--restart", is_flag=True, help="Replace peers that are lost.")
+@click.option("--pace", type=click.FloatRange(0), default=0.0, help="A step takes at least so many seconds.")
+@click.option(
+    "--coordinator", metavar="HOST:PORT", help="Join this coordinator.  [default: RINGHOLD_COORDINATOR, else our own]"
+)
+@click.option("--run", "run_name", default="train", show_default=True, help="Name of the run.")
+@click.option("--transport", default="gloo", show_default=True, help="What carries the tensors.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.  [default: runs/TIME]"
+)
+@click.option("--reference", is_flag=True, help="Compare with a run of one process without faults.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=3600.0, show_default=True, help="Seconds for it all."
+)
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds without a step.",
+)
+def command(**given: Any) -> int:
+    """Train a small language model over peers that come and go, and judge the result.
+
+    This process starts a coordinator and the peers, follows them, injects the faults of --churn at their steps, and at
+    the end checks that every fault struck, every peer ended as planned, all hold the same bits, and each sample was
+    used exactly once. A fault is KIND@STEP[:PEER] with KIND kill (SIGKILL in the middle of an all-reduce), stop
+    (SIGSTOP until evicted), join, leave or coordinator (SIGKILL, then restarted). The seed chooses what is left open.
+
+    \b
+    torchrun --nproc-per-node 4 -m launch.train [OPTIONS]
+    mpirun -n 4 python -m launch.train [OPTIONS]
+
+    start one supervisor and one peer each; there a join brings a killed peer back.
+    """
+    launcher = detect(os.environ)
+    request = make_request(launcher, **given)
+    return conclude(request, launcher, as_json=given["as_json"], reference=given["reference"])
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """Return the options of `command` as a command line with these arguments would give them."""
+    return command.make_context("train", arguments).params
+
+
+def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
+    """Check the options (those of `command`) and plan the churn.
+
+    Raises:
+        UsageError: options that contradict each other, or that the job or the schedule refuses.
+
+    """
+    if launcher is not None and given["peers"] not in (None, launcher.size):
+        raise UsageError(
+            f"under {launcher.title} there is a peer for each of its {launcher.size} processes; drop --peers"
+        )
+    peers = launcher.size if launcher is not None else given["peers"] or 4
+    if given["churn"] and given["churn_rate"]:
+        raise UsageError("--churn names the faults and --churn-rate draws them; give one of the two")
+    coordinator = given["coordinator"] or os.environ.get("RINGHOLD_COORDINATOR", "")
+    if coordinator:
+        console.split_address(coordinator, "--coordinator")
+    out = given["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    names = ("preset", "steps", "batch", "context", "lr", "dtype", "seed", "data", "resume")
+    config = JobConfig(out=str(out), **{name: given[name] for name in names})
+    return session.Request(
+        peers=peers,
+        config=config,
+        faults=_plan(given, peers, config, revive=launcher is not None, ours=not coordinator),
+        coordinator=coordinator,
+        run=given["run_name"],
+        transport=given["transport"],
+        restart=given["restart"],
+        pace=given["pace"],
+        timeout=given["timeout"],
+        stall=given["stall_timeout"],
+        quiet=given["quiet"],
+    )
+
+
+def conclude(
+    request: session.Request, launcher: Launcher | None, *, as_json: bool, reference: bool, control: bool = False
+) -> int:
+    """Run it, prove it, print the summary (rank 0 alone), and return the exit code."""
+    outcome = session.perform(request, launcher)
+    verdict = session.await_verdict(outcome, request.timeout)
+    if verdict is not None:
+        return verdict
+    from launch import summary  # the proofs import torch
+
+    code = summary.conclude(outcome, request, as_json=as_json, reference=reference, control=control)
+    return outcome.conclude(code)
+
+
+def _plan(
+    given: dict[str, Any], peers: int, config: JobConfig, *, revive: bool, ours: bool
+) -> tuple[faults.Planned, ...]:
+    asked = faults.parse(given["churn"])
+    if given["churn_rate"]:
+        asked = faults.draw(given["churn_rate"], peers, config.steps, config.seed, revive, coordinator=ours)
+    if not ours and any(fault.kind == "coordinator" for fault in asked):
+        raise UsageError(
+            "coordinator faults need a coordinator of our own; drop --coordinator and RINGHOLD_COORDINATOR"
+        )
+    return faults.plan(asked, peers, config.steps, config.seed, points=KILL_POINTS, revive=revive)
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(command))
