@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Set up and run, with nothing installed but Python 3.11 or newer: `python3 dev.py demo`, `python3 dev.py test`.
+
+Makes the virtual environment .venv beside this file if there is none, installs the project into it as pinned by
+constraints.txt (again only when pyproject.toml or constraints.txt changed), and runs:
+
+    demo [ARGS]   ringhold demo: the training run that lives through churn
+    test [ARGS]   the whole test suite (pytest ARGS)
+    lint          ruff and mypy --strict
+    run ARGS      any command of the environment, such as `run ringhold --help`
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+HOME = Path(os.environ.get("RINGHOLD_VENV", ROOT / ".venv"))
+PYTHON = HOME / "bin" / "python"
+EXTRAS = {"demo": "", "run": "", "test": "[test,mpi]", "lint": "[dev,mpi]"}
+
+
+def install(extras: str) -> None:
+    """Bring the environment up to date with pyproject.toml and constraints.txt, plus these extras."""
+    wanted = hashlib.sha256(b"".join((ROOT / n).read_bytes() for n in ("pyproject.toml", "constraints.txt")))
+    stamp = HOME / f"ringhold-{extras.strip('[]') or 'base'}.stamp"
+    if stamp.exists() and stamp.read_text() == wanted.hexdigest():
+        return
+    if not PYTHON.exists():
+        print(f"making the virtual environment {HOME}", file=sys.stderr)
+        venv.create(HOME, with_pip=True)
+    print(f"installing ringhold{extras} (the first time this takes a minute or two)", file=sys.stderr)
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", "constraints.txt", "-e", f".{extras}"], cwd=ROOT, check=True)
+    stamp.write_text(wanted.hexdigest())
+
+
+def commands(name: str, args: list[str]) -> list[list[str | Path]]:
+    """Return what to run for one subcommand."""
+    bin_ = HOME / "bin"
+    return {
+        "demo": [[bin_ / "ringhold", "demo", *args]],
+        "test": [[PYTHON, "-m", "pytest", *args]],
+        "lint": [[bin_ / "ruff", "check"], [bin_ / "ruff", "format", "--check"], [PYTHON, "-m", "mypy"]],
+        "run": [[bin_ / args[0] if args and (bin_ / args[0]).exists() else (args or ["true"])[0], *args[1:]]],
+    }[name]
+
+
+def main() -> int:
+    """Run one subcommand and return its exit code."""
+    if sys.version_info < (3, 11):
+        print("ringhold needs Python 3.11 or newer", file=sys.stderr)
+        return 2
+    name, *args = sys.argv[1:] or ["--help"]
+    if name not in EXTRAS:
+        print(__doc__.strip(), file=sys.stderr)
+        return 0 if name in ("-h", "--help") else 2
+    try:
+        install(EXTRAS[name])
+    except subprocess.CalledProcessError as error:
+        print(f"dev.py: installing failed ({error.returncode}); the lines above say why", file=sys.stderr)
+        return 2
+    os.chdir(ROOT)
+    for command in commands(name, args):
+        try:
+            code = subprocess.run(command, check=False).returncode
+        except KeyboardInterrupt:
+            return 130
+        if code:
+            return code if code > 0 else 128 - code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
