@@ -58,6 +58,8 @@ def write(tensor: Tensor, pieces: Iterable[tuple[int, Bytes]]) -> None:
         RuntimeError: several elements share one place in memory (see `fillable`).
 
     """
+    if tensor.numel() == 0:
+        return
     target = tensor.detach()
     direct = target.is_contiguous() and not target.is_conj() and not target.is_neg()
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():

@@ -105,7 +105,7 @@ def parse(skeleton: bytes) -> Tree:
         raise ProtocolError(f"a skeleton of {len(skeleton)} bytes is over the limit of {MAX_SKELETON}")
     try:
         packed = msgspec.msgpack.decode(skeleton)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # DecodeError is a ValueError, and so is bad Unicode
         raise ProtocolError(f"the skeleton of a state is malformed: {error}") from None
     slots: list[Slot] = []
     paths: list[Path] = []
