@@ -114,8 +114,8 @@ def sync(
         round_bytes: most bytes moved at once; the same on every member.
 
     The state is untouched until every member holds and has verified all that it lacks; if this raises before, it still
-    is. Memory beyond the state: the chunks that differ here, twice `round_bytes` for a round's buffer and its staging
-    while something moves, and a copy of one tensor that is not contiguous.
+    is. Memory beyond the state: the chunks that differ here; while something moves, a few times `round_bytes` (the
+    round's buffer and what the communicator stages); and a copy of one tensor at a time that is not contiguous.
 
     Raises:
         UsageError: the state holds something that cannot be shared; the message gives its path.
