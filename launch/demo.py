@@ -10,11 +10,11 @@ import click
 from launch import console, train
 
 PEERS = 4
-STEPS = 150
-CHURN = "kill@20,stop@40,join@65,kill@80,coordinator@95,join@110"
+STEPS = 120
+CHURN = "kill@14,stop@26,join@49,kill@62,coordinator@75,join@91"
 """Two SIGKILLs in the middle of an all-reduce, one SIGSTOP, two joins, one death of the coordinator."""
 PACE = 0.33
-"""A step takes at least this long, so that what happens can be followed, and fits within the run."""
+"""A step takes at least so many seconds, so that what happens can be followed, and has time to happen."""
 
 
 @click.command("demo")

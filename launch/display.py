@@ -49,7 +49,9 @@ class Display:
             self.step, self.loss = entry["step"], entry.get("loss", self.loss)
             self.progressed(entry)
         sentence = self._narrator.tell(entry)
-        if sentence is not None:
+        # Once the last step is done everybody leaves, which is news to nobody.
+        departing = self.step == self.steps and entry["type"] == "event"
+        if sentence is not None and not departing:
             self.happened(f"{max(0.0, entry['time'] - self.began):7.2f} s  {sentence}")
 
     def progressed(self, entry: Entry) -> None:

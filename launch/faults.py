@@ -14,6 +14,8 @@ from collectives.errors import UsageError
 FaultKind = Literal["kill", "stop", "join", "leave", "coordinator"]
 KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 _EXAMPLE = 'for example "kill@12,stop@20:1,join@25,coordinator@30"'
+_MOST_SKIPS = 4
+"""A step of the training job has about this many all-reduces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Fault:
 class Planned:
     """A fault with its victim: `slot` is the peer's number (None: the coordinator), `point` where a kill lands.
 
+    A kill lets the point pass `skip` times first, so that it strikes different operations of a step.
+
     The slot of a join is the number of the peer that comes: a new one, or under a launcher one that was killed before.
     """
 
@@ -44,6 +48,7 @@ class Planned:
     step: int
     slot: int | None
     point: str | None = None
+    skip: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.step}" + (f" of peer {self.slot}" if self.slot is not None else "")
@@ -120,7 +125,8 @@ def plan(
         if fault.step != stopped_at:
             stopped, stopped_at = set(), fault.step
         slot: int | None
-        point = source.choice(points)  # drawn for every fault, so that one fault's kind does not shift the next one's
+        # Drawn for every fault, so that one fault's kind does not shift the next one's.
+        point, skip = source.choice(points), source.randrange(_MOST_SKIPS + 1)
         if fault.kind == "coordinator":
             slot = None
         elif fault.kind == "join":
@@ -134,7 +140,8 @@ def plan(
             else:
                 living.remove(slot)
                 down += [slot] if fault.kind == "kill" else []
-        planned.append(Planned(index, fault.kind, fault.step, slot, point if fault.kind == "kill" else None))
+        where = (point, skip) if fault.kind == "kill" else (None, 0)
+        planned.append(Planned(index, fault.kind, fault.step, slot, *where))
     return tuple(planned)
 
 

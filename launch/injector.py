@@ -125,7 +125,7 @@ class Injector:
     def _strike_peer(self, fault: FaultRecord, life: PeerRecord) -> None:
         child = self._supervisor.children[life.name]
         if fault.planned.kind == "kill":
-            child.send({"do": "die", "point": fault.planned.point})
+            child.send({"do": "die", "point": fault.planned.point, "skip": fault.planned.skip})
         elif fault.planned.kind == "leave":
             child.send({"do": "leave"})
         else:

@@ -52,7 +52,7 @@ class Peer:
             case "leave":
                 self.leaving.set()
             case "die":
-                faults.arm(command["point"], self._die)
+                faults.arm(command["point"], self._die, skip=command["skip"])
 
     def _join(self, order: dict[str, Any]) -> Any:
         from collectives.communicator import Communicator

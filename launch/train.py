@@ -28,7 +28,7 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option("--steps", type=int, default=120, show_default=True, help="Steps of the whole run.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Samples a step, over all peers.")
 @click.option("--context", type=int, default=64, show_default=True, help="Tokens (bytes of text) a sample.")
-@click.option("--lr", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Highest learning rate.")
 @click.option("--dtype", default="fp32", show_default=True, help="fp32 or fp64.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the data order, the weights and the churn.")
 @click.option(
