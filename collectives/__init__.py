@@ -1,12 +1,32 @@
 """Schedules, the engine that runs them, transports, membership and the communicator.
 
-The public face: `Communicator` and what its methods return and raise.
+The public face: `Communicator` and what its methods return. Loaded on first use: the coordinator's process needs
+nothing of it, and torch, which it imports, takes two seconds and 200 MiB.
 """
 
-from collectives.communicator import Communicator
-from collectives.options import Options
-from collectives.outcome import Outcome, Work
-from collectives.step import Step
-from collectives.sync import SyncReport
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collectives.communicator import Communicator
+    from collectives.options import Options
+    from collectives.outcome import Outcome, Work
+    from collectives.step import Step
+    from collectives.sync import SyncReport
 
 __all__ = ["Communicator", "Options", "Outcome", "Step", "SyncReport", "Work"]
+
+_HOMES = {
+    "Communicator": "communicator",
+    "Options": "options",
+    "Outcome": "outcome",
+    "Step": "step",
+    "SyncReport": "sync",
+    "Work": "outcome",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
