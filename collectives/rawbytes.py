@@ -45,8 +45,10 @@ def unfit(tensor: Tensor) -> str | None:
 def read(tensor: Tensor) -> Bytes:
     """The raw bytes, flat: a view of the tensor's memory if it is contiguous, else of a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg()
-    flat: Bytes = _words(plain).contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat
+    flat = _words(plain).contiguous().reshape(-1)
+    # Of one element or none every stride counts as contiguous, but only a stride of 1 can be viewed as bytes.
+    data: Bytes = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
+    return data
 
 
 def write(tensor: Tensor, pieces: Iterable[tuple[int, Bytes]]) -> None:
