@@ -126,7 +126,9 @@ class Operation(ABC):
         """Give the staged result of a complete attempt to the caller; returns `Outcome.result`."""
 
     def _source(self) -> Tensor:
-        return self.input.contiguous().view(-1)
+        """The input, flat. Of one element or none every stride counts as contiguous; the engine reads with stride 1."""
+        flat = self.input.contiguous().view(-1)
+        return flat.as_strided((flat.numel(),), (1,))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -321,7 +323,7 @@ class Exchange(Operation):
 
     def plan(self, view: View) -> Plan:
         """The schedule as given; its name and size are compared as part of the header."""
-        source = self.input
+        source = self._source()
         held = self.schedule.held(view.rank)
         if held != ((0, source.numel()),):
             parts = [source[start:stop] for start, stop in held]
