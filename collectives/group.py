@@ -177,13 +177,15 @@ class Group(Runner):
         session = self._session
         with session.changed:
             while True:
-                verdict = session.core.verdict(lane, seq)
+                core = session.core
+                verdict = core.verdict(lane, seq)
                 if isinstance(verdict, Run):
                     transport = self._epochs.transport(verdict.epoch)
                     if transport is not None:
                         return self._view_of(verdict.epoch), transport
                 elif not isinstance(verdict, Wait):
                     return verdict
+                core.lanes[lane].phase, core.lanes[lane].waiting_for = "recovering", 0
                 session.changed.wait()
 
     def _attempt(

@@ -13,6 +13,7 @@ from collectives.errors import CrossedWaits, DescriptorMismatch, Evicted, Member
 from collectives.membership.protocol import (
     Admit,
     Decision,
+    Differs,
     Evict,
     FromPeer,
     LaneReport,
@@ -21,6 +22,7 @@ from collectives.membership.protocol import (
     LinkDown,
     Prepare,
     Report,
+    Stalled,
 )
 
 MAIN = "main"
@@ -176,6 +178,7 @@ class Member:
         if lane.complete < seq:
             lane.view, lane.staged, lane.staged_epoch = self.epoch, 0, 0
         self.verdicts.pop((name, seq), None)
+        self.outstanding.pop(f"stalled {name}", None)
 
     def interrupt(self, name: str, epoch: int, peer: int) -> list[FromPeer]:
         """Record that an attempt of `epoch` failed on the link to `peer` (own id: unknown, 0: aborted from here)."""
@@ -191,9 +194,18 @@ class Member:
             return []
         return self._ask("link", LinkDown(epoch, peer))
 
-    def complain(self, message: FromPeer) -> list[FromPeer]:
-        """Tell the coordinator of an operation that cannot go on: `Stalled` or `Differs`."""
-        return self._ask(type(message).__name__, message)
+    def complain(self, message: Differs) -> list[FromPeer]:
+        """Tell the coordinator that a neighbour's operation is another one."""
+        return self._ask(f"differs {message.lane}", message)
+
+    def stalled(self, name: str, seq: int) -> list[FromPeer]:
+        """Tell the coordinator, once in an epoch, that operation `seq` is under way for too long (rule R11)."""
+        lane = self.lanes[name]
+        if not lane.busy or lane.entered != seq or self.fenced or self.error is not None:
+            return []
+        if f"stalled {name}" in self.outstanding:
+            return []
+        return self._ask(f"stalled {name}", Stalled(self.epoch, name, seq))
 
     def admit(self) -> list[FromPeer]:
         """Stand at a safe point of the current epoch (rule R13) until a decision says that all did."""

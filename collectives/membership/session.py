@@ -77,7 +77,8 @@ class Session:
         self._tls: ssl.SSLContext | None = client_tls(options)
         self._secret = os.urandom(NONCE_BYTES)
         self._channel: Channel | None = None
-        self._entered: dict[tuple[str, int], float] = {}
+        self._since: dict[tuple[int, str, int], float] = {}
+        self._silent = 0
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="ringhold-session", daemon=True)
@@ -203,22 +204,45 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _beat(self, channel: Channel) -> None:
-        while True:
-            channel.send(Beat(self._statuses()))
+        """Send heartbeats until the coordinator is silent for too long.
+
+        Its silence is counted in beats of ours: time in which this process did not run is not held against it. Closing
+        the connection for that would be taken for our death.
+        """
+        self._silent = 0
+        while self._silent * self._options.heartbeat <= self._options.heartbeat_timeout:
+            statuses = self._statuses()
+            channel.send(Beat(statuses))
+            self._send(self._stalled(statuses))
+            self._silent += 1
             await asyncio.sleep(self._options.heartbeat)
+        raise TimeoutError(f"the coordinator was silent for {self._options.heartbeat_timeout:g} s")
 
     def _statuses(self) -> list[LaneStatus]:
+        """What the lanes are doing, and for how long in this epoch."""
         now = time.monotonic()
         with self.changed:
-            rows = self.core.statuses()
-        times = {(row.lane, row.seq): self._entered.get((row.lane, row.seq), now) for row in rows}
-        self._entered = times
-        return [LaneStatus(r.lane, r.seq, r.kind, r.phase, r.waiting_for, now - times[r.lane, r.seq]) for r in rows]
+            rows, epoch = self.core.statuses(), self.core.epoch
+        self._since = {key: self._since.get(key, now) for key in ((epoch, row.lane, row.seq) for row in rows)}
+        return [
+            LaneStatus(r.lane, r.seq, r.kind, r.phase, r.waiting_for, now - self._since[epoch, r.lane, r.seq])
+            for r in rows
+        ]
+
+    def _stalled(self, statuses: list[LaneStatus]) -> list[FromPeer]:
+        """Rule R11: complain, once in an epoch, of each operation that is under way for too long."""
+        messages: list[FromPeer] = []
+        with self.changed:
+            for row in statuses:
+                if row.phase != "idle" and row.seconds > self._options.op_timeout:
+                    messages += self.core.stalled(row.lane, row.seq)
+        return messages
 
     async def _receive(self, channel: Channel) -> None:
-        """Handle messages until the connection ends or the coordinator is silent for too long."""
+        """Handle messages until the connection ends."""
         while True:
-            data = await asyncio.wait_for(channel.receive(), self._options.heartbeat_timeout)
+            data = await channel.receive()
+            self._silent = 0
             if self._handle(decode_from_coordinator(data)):
                 return
 
