@@ -244,7 +244,8 @@ class Cluster:
 
     Args:
         options: of coordinator and peers, see `collectives.options.Options`. `founders` is how many peers the first
-            epoch waits for.
+            epoch waits for. Unless given, `heartbeat_timeout` is long, so that a busy machine gets nobody evicted: a
+            death by signal is noticed at once without it.
         transport: what the peers join with.
         coordinator: False starts none.
 
@@ -253,8 +254,8 @@ class Cluster:
     RUN = "test"
 
     def __init__(self, *, transport: str = "gloo", coordinator: bool = True, **options: Any) -> None:
-        Options.resolve(options, {})
-        self.options = options
+        self.options = {"heartbeat_timeout": 10.0, **options}
+        Options.resolve(self.options, {})
         self.transport = transport
         self.processes: list[Process] = []
         self.port = 0

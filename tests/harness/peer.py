@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -113,10 +114,9 @@ def serve(program: str, name: str, setting: dict[str, Any], given: dict[str, Any
     logging.getLogger().addHandler(defects)
     threading.excepthook = defects.hook
     peer = Peer(name, setting, line)
-    module, _, function = program.partition(":")
     ending: dict[str, Any] = {}
     try:
-        ending["value"] = getattr(importlib.import_module(module), function)(peer, **given)
+        ending["value"] = resolve(program)(peer, **given)
     except BaseException as error:
         traceback.print_exc()
         ending["error"] = type(error).__name__
@@ -129,6 +129,13 @@ def serve(program: str, name: str, setting: dict[str, Any], given: dict[str, Any
 
 def _plain(value: object) -> bool:
     return isinstance(value, int | str | float | tuple)
+
+
+def resolve(reference: str) -> Callable[..., Any]:
+    """Return the function that MODULE:NAME refers to."""
+    module, _, name = reference.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def bits(tensor: torch.Tensor) -> str:

@@ -1,0 +1,63 @@
+"""Every operation on every transport and world size against arithmetic in one process; the same bits on all members."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from collectives.communicator import Communicator
+from tests.conformance import operations
+from tests.harness.residents import Residents
+
+TRANSPORTS = ("gloo",)
+WORLDS = (1, 2, 3, 4, 5)
+CASES = [("", 0), *((transport, world) for transport in TRANSPORTS for world in WORLDS)]
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}" if case[0] else "solo")
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Runs a function of `operations` on all members of a group; returns what it returned, by rank."""
+    transport, world = request.param
+    if not transport:
+        with Communicator.solo() as comm:
+            yield lambda function: [function(comm)]
+        return
+    with Residents(world, transport=transport, check_inputs=world == 3) as group:
+        yield group.run
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        operations.reduce_everything,
+        operations.reduce_every_shape,
+        operations.reduce_segments,
+        operations.reduce_roughly,
+        operations.scatter_reductions,
+        operations.gather_rows,
+        operations.broadcast_from_each,
+        operations.run_schedules,
+        operations.overlap,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_results_are_those_of_arithmetic_and_equal_on_all_members(run: Run, function: Callable[..., Any]) -> None:
+    first, *others = run(function)
+    assert first, "it checked nothing"
+    for rank, digests in enumerate(others, start=1):
+        assert digests == first, f"rank {rank} has other bits than rank 0"
+
+
+def test_nobody_leaves_a_barrier_before_all_have_entered(run: Run) -> None:
+    for times in zip(*run(operations.barriers), strict=True):
+        assert max(entered for entered, _ in times) <= min(left for _, left in times)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_check_inputs_names_who_changed_an_input_under_way(transport: str) -> None:
+    with Residents(2, transport=transport, check_inputs=True) as group:
+        first, second = group.run(operations.meddle)
+    assert "the input of all_reduce 1 was changed" in first
+    assert second == ""
