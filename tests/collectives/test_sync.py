@@ -300,8 +300,9 @@ def test_when_a_giver_dies_another_takes_over_and_nothing_moves_twice() -> None:
     assert "lost [3]" in str(done.reports[1])
 
 
-def test_an_election_stands_while_one_of_its_givers_lives() -> None:
-    done = run(Peer(big(1)), Peer(big(1)), Peer(big(2)), deaths={5: ("exchange", 0)})
+@pytest.mark.parametrize("lost", [3, 5])
+def test_an_election_stands_while_one_of_its_givers_lives(lost: int) -> None:
+    done = run(Peer(big(1)), Peer(big(1)), Peer(big(2)), deaths={lost: ("exchange", 0)})
     done.healed_to(big(1))
 
 
