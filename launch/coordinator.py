@@ -44,19 +44,26 @@ def command(listen: str, run_name: str, journal: Path | None, new: bool, token_f
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     if link is not None:
         link.listen(lambda command: None)
-    path = journal or Path(f"ringhold-{run_name}.journal")
     try:
         host, port = console.split_address(listen, "--listen")
-        run_coordinator(
-            host,
-            port,
-            _journal(path, new),
-            run=run_name,
-            token=_token(token_file),
-            options=Options.resolve({name: value for name, value in options.items() if value is not None}),
-            new=new,
-            ready=lambda port: _ready(link, console.join_address(host, port), run_name),
-        )
+        path = _journal(journal or Path(f"ringhold-{run_name}.journal"), new)
+        chosen = Options.resolve({name: value for name, value in options.items() if value is not None})
+        token = _token(token_file)
+        try:
+            run_coordinator(
+                host,
+                port,
+                path,
+                run=run_name,
+                token=token,
+                options=chosen,
+                new=new,
+                ready=lambda port: _ready(link, console.join_address(host, port), run_name),
+            )
+        except UsageError:
+            # The address could not be had: leave no journal behind, so that the same command can be repeated.
+            _remove_unused(path, new)
+            raise
     except RingholdError as error:
         if link is not None:
             link.report("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
@@ -71,6 +78,12 @@ def _journal(path: Path, new: bool) -> Path:
     if new and path.exists() and path.stat().st_size:
         raise UsageError(f"the journal {path} holds a run; drop --new to go on with it, or name another with --journal")
     return path
+
+
+def _remove_unused(path: Path, new: bool) -> None:
+    """Remove the journal of a run that did not begin: one that was just made, with nothing but its first record."""
+    if new and path.exists() and path.read_bytes().count(b"\n") <= 1:
+        path.unlink()
 
 
 def _token(token_file: str | None) -> bytes:

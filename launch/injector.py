@@ -23,8 +23,9 @@ class Injector:
         self.faults = [FaultRecord(planned) for planned in faults]
         self._supervisor = supervisor
         self._pending = deque(self.faults)
-        self._spares: dict[int, PeerRecord] = {}
         self._coordinator_fault: FaultRecord | None = None
+        self.opened = 0
+        """Peers need not wait at gates up to this step."""
 
     def expects_revival(self) -> bool:
         """Whether a peer of ours that is down is yet to be brought back: then the run goes on without a living one."""
@@ -34,19 +35,41 @@ class Injector:
         """Whether a fault yet to come brings peer `slot` back."""
         return any(fault.planned.kind == "join" and fault.planned.slot == slot for fault in self._pending)
 
+    @property
+    def gates(self) -> list[int]:
+        """The steps at which peers wait for `go`, so that a fault strikes at its very step.
+
+        None under a launcher, where no supervisor speaks to all peers.
+        """
+        return sorted({fault.planned.step for fault in self.faults}) if self._supervisor.spec.others is None else []
+
     def strike(self) -> None:
-        """Inject every fault whose time has come; warm up the peer that joins next."""
-        supervisor = self._supervisor
-        while (
-            self._pending
-            and self._pending[0].planned.step <= supervisor.step
-            and self._may_strike(self._pending[0].planned)
-        ):
+        """Inject every fault whose time has come, let peers that wait at a gate go on, warm up the next newcomer."""
+        while self._is_due() and self._may_strike(self._pending[0].planned):
             self._inject(self._pending.popleft())
-        if self._pending and (
-            supervisor.spec.others or any(life.state == "running" for life in supervisor.lives.values())
-        ):
-            self._warm_up()
+        self._open_gates()
+        self._warm_up()
+
+    def _is_due(self) -> bool:
+        return bool(self._pending) and self._pending[0].planned.step <= self._supervisor.step
+
+    def _open_gates(self) -> None:
+        """Hold the peers while what keeps a fault from striking passes by itself; anything else may need them to go on.
+
+        A newcomer warms up by itself, and a member of the step that was just reported will report it too.
+        """
+        supervisor = self._supervisor
+        if self._is_due():
+            planned = self._pending[0].planned
+            victim = supervisor.living(planned.slot) if planned.slot is not None else None
+            if planned.kind == "join" or (victim is not None and victim.state == "joining" and victim.members):
+                return
+        passed = [gate for gate in self.gates if self.opened < gate <= supervisor.step]
+        if passed:
+            self.opened = passed[-1]
+            for life in supervisor.lives.values():
+                if life.state not in {"spare", "warm", "ended"}:
+                    supervisor.children[life.name].send({"do": "go", "step": self.opened})
 
     def peer_says(self, life: PeerRecord, kind: str, body: dict[str, Any]) -> None:
         """Take note of what a peer's message means for the faults aimed at it."""
@@ -86,7 +109,7 @@ class Injector:
         assert planned.slot is not None
         life = supervisor.living(planned.slot)
         if planned.kind == "join":
-            return life is None or life.state == "spare"
+            return life is not None and life.state == "warm"
         if life is None or life.state != "running" or self._is_struck(life):
             return False
         others = (other for other in supervisor.lives.values() if other is not life and other.state == "running")
@@ -110,10 +133,10 @@ class Injector:
             supervisor.coordinator.signal(signal.SIGKILL)
         elif planned.kind == "join":
             assert planned.slot is not None
-            spare = self._spares.pop(planned.slot, None)
-            fault.peer = (spare or supervisor.start_peer(planned.slot)).name
-            if spare is not None:
-                supervisor.release(spare)
+            spare = supervisor.living(planned.slot)
+            assert spare is not None
+            fault.peer = spare.name
+            supervisor.release(spare)
         else:
             assert planned.slot is not None
             life = supervisor.living(planned.slot)
@@ -145,9 +168,10 @@ class Injector:
 
     def _warm_up(self) -> None:
         """Start the process of the next peer to join ahead of time: its imports take seconds, joining does not."""
+        supervisor = self._supervisor
         upcoming = next((fault.planned for fault in self._pending if fault.planned.kind == "join"), None)
-        if upcoming is None or self._spares:
+        begun = supervisor.step > 0 or supervisor.spec.others is not None
+        if upcoming is None or upcoming.slot is None or not begun:
             return
-        assert upcoming.slot is not None
-        if self._supervisor.living(upcoming.slot) is None:
-            self._spares[upcoming.slot] = self._supervisor.start_peer(upcoming.slot, spare=True)
+        if supervisor.living(upcoming.slot) is None:
+            supervisor.start_peer(upcoming.slot, spare=True)

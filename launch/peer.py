@@ -16,6 +16,8 @@ from collectives.errors import RingholdError
 from launch.child import Link
 
 Event = dict[str, Any]
+_GATE_PATIENCE = 30.0
+"""Seconds, less than what makes a stall of an operation: a gate must never be what fails a run."""
 
 
 class Peer:
@@ -26,6 +28,9 @@ class Peer:
         self.leaving = threading.Event()
         self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._pace = 0.0
+        self._gates: set[int] = set()
+        self._open = 0
+        self._gate = threading.Condition()
         self._step_ended = 0.0
 
     def run(self) -> int:
@@ -35,7 +40,7 @@ class Peer:
 
         self.link.report("ready")
         order = self._orders.get()
-        self._pace = order["pace"]
+        self._pace, self._gates = order["pace"], set(order["gates"])
         try:
             run_peer(JobConfig.from_json(order["config"]), lambda: self._join(order), self._tell, self.leaving)
         except RingholdError as error:
@@ -49,6 +54,10 @@ class Peer:
         match command["do"]:
             case "start":
                 self._orders.put(command)
+            case "go":
+                with self._gate:
+                    self._open = command["step"]
+                    self._gate.notify_all()
             case "leave":
                 self.leaving.set()
             case "die":
@@ -65,7 +74,7 @@ class Peer:
         )
 
     def _tell(self, event: Event) -> None:
-        """Pass an event of the job on; progress is held back until the step has taken its pace."""
+        """Pass an event of the job on. A step ends here: after its pace, and at a gate when the supervisor says so."""
         fields = dict(event)
         kind = fields.pop("event")
         if kind == "step":
@@ -75,6 +84,9 @@ class Peer:
                 time.sleep(rest)
             self._step_ended = time.monotonic()
         self.link.report(kind, **fields)
+        if kind == "progress" and fields["step"] in self._gates:
+            with self._gate:
+                self._gate.wait_for(lambda: self._open >= fields["step"], _GATE_PATIENCE)
 
     def _die(self, where: str) -> None:
         """Be killed, here and now, in the middle of an operation. The report is out before the signal is."""

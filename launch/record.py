@@ -14,7 +14,7 @@ import msgspec
 
 from launch.faults import Planned
 
-State = Literal["starting", "spare", "joining", "running", "stopped", "returning", "ended"]
+State = Literal["starting", "spare", "warm", "joining", "running", "stopped", "returning", "ended"]
 Entry = dict[str, Any]
 """One line of the run's log: `time` (seconds since the epoch, UTC), `source` (who said it), `type`, and its fields."""
 Observer = Callable[[Entry], None]

@@ -72,9 +72,12 @@ def _summary(
 
 def _print(summary: dict[str, Any], record: RunRecord, recovered: list[Recovery], checks: list[verdict.Check]) -> None:
     if recovered:
-        print("\nFaults, seconds after each: ")
-        headings = ("at", "fault", "peer", "detected", "re-formed", "first good op", "back", "epoch", "landed")
+        print("\nFaults; detection, new epoch, first good operation there and return in seconds after each")
+        headings = ("at", "fault", "peer", "detected", "re-formed", "first op", "back", "epoch")
         display.print_table(headings, [_row(recovery) for recovery in recovered])
+        for recovery in recovered:
+            if recovery.detail:
+                print(f"  {recovery.fault} of {recovery.peer}: {recovery.detail}")
     for peer in record.peers:
         if peer.tail:
             print(f"\nThe last words of {peer.name}:\n{peer.tail}")
@@ -91,10 +94,9 @@ def _row(recovery: Recovery) -> tuple[str, ...]:
     return (
         f"{recovery.at:.2f} s",
         recovery.fault,
-        recovery.peer,
+        recovery.peer if recovery.peer != recovery.fault else "-",
         *("-" if value is None else f"{value:.3f}" for value in times),
         "-" if recovery.epoch is None else str(recovery.epoch),
-        recovery.detail or "-",
     )
 
 

@@ -49,7 +49,7 @@ class Spec:
     peer: Sequence[str]
     """Command of a peer."""
     start: Mapping[str, Any]
-    """The start command given to each peer; `coordinator` and `slot` are added."""
+    """The start command given to each peer; `coordinator` and `gates` are added."""
     coordinator: Sequence[str] | None
     """Command of the coordinator, `--listen ADDRESS` (and `--new` the first time) is appended; None: not ours."""
     address: str
@@ -152,7 +152,8 @@ class Supervisor:
         self.note("started", peer="coordinator", pid=self.coordinator.pid)
 
     def _send_start(self, life: PeerRecord) -> None:
-        command = {"do": "start", **self.spec.start, "coordinator": self.address, "slot": life.slot, "name": life.name}
+        gates = [gate for gate in self._injector.gates if gate > self._injector.opened]
+        command = {"do": "start", **self.spec.start, "coordinator": self.address, "gates": gates}
         self.children[life.name].send(command)
 
     def _going(self, deadline: float) -> bool:
@@ -163,7 +164,7 @@ class Supervisor:
         elif time.monotonic() - self._progress_at > self.spec.stall:
             self.record.timeout = f"no peer made progress for {self.spec.stall:g} s (--stall-timeout)"
         else:
-            living = any(life.state not in {"spare", "ended"} for life in self.lives.values())
+            living = any(life.state not in {"spare", "warm", "ended"} for life in self.lives.values())
             return living or (self.spec.others is not None and self._others_go_on(self.spec.others))
         self.note("timeout", detail=self.record.timeout)
         return False
@@ -229,7 +230,9 @@ class Supervisor:
         self.after(_RESTART_DELAY, self._start_coordinator)
 
     def _peer_says(self, life: PeerRecord, kind: str, body: dict[str, Any]) -> None:
-        if kind == "joined":
+        if kind == "ready" and life.state == "spare":
+            life.state = "warm"
+        elif kind == "joined":
             life.members.append(body["member"])
             self._progress_at = time.monotonic()
         elif kind == "progress":

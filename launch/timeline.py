@@ -36,14 +36,15 @@ class Recovery:
 
 
 def recoveries(faults: Iterable[FaultRecord], log: Sequence[Entry]) -> list[Recovery]:
-    """Return what followed each fault that struck, in the order of the plan. `log` is sorted by time."""
+    """Return what followed each fault that struck, in the order in which they did. `log` is sorted by time."""
     began = log[0]["time"] if log else 0.0
     events = [entry for entry in log if entry["type"] == "event"]
-    return [_recovery(fault, events, log, began) for fault in faults if fault.injected is not None]
+    found = [_recovery(fault, events, log, began) for fault in faults if fault.injected is not None]
+    return sorted(found, key=lambda recovery: recovery.at)
 
 
 def _recovery(fault: FaultRecord, events: Sequence[Entry], log: Sequence[Entry], began: float) -> Recovery:
-    struck = fault.injected if fault.planned.kind == "join" else fault.fired
+    struck = fault.injected if fault.planned.kind in {"join", "leave"} else fault.fired
     assert fault.injected is not None
     struck = struck if struck is not None else fault.injected
     if fault.planned.kind == "coordinator":
@@ -59,7 +60,7 @@ def _recovery(fault: FaultRecord, events: Sequence[Entry], log: Sequence[Entry],
         )
     others = [event for event in events if event["source"] != fault.peer and event["time"] >= struck]
     change = _change(fault, others, log)
-    back = _after(_woken(fault, log, struck), fault.ended) if fault.planned.kind != "kill" else None
+    back = _after(_woken(fault, log, struck), fault.ended) if fault.planned.kind in {"stop", "join"} else None
     if change is None:
         return Recovery(
             str(fault.planned.kind), fault.peer, fault.detail, struck - began, *(None,) * 3, back, None, None

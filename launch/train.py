@@ -7,6 +7,7 @@ launcher; started by hand it supervises all peers. `launch.demo` uses the same c
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def command(**given: Any) -> int:
     return conclude(request, launcher, as_json=given["as_json"], reference=given["reference"])
 
 
-def options(arguments: list[str]) -> dict[str, Any]:
+def options(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options of `command` as a command line with these arguments would give them."""
-    return command.make_context("train", arguments).params
+    return command.make_context("train", list(arguments)).params
 
 
 def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
@@ -101,6 +102,7 @@ def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
     coordinator = given["coordinator"] or os.environ.get("RINGHOLD_COORDINATOR", "")
     if coordinator:
         console.split_address(coordinator, "--coordinator")
+    _check_transport(given["transport"])
     out = given["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     names = ("preset", "steps", "batch", "context", "lr", "dtype", "seed", "data", "resume")
     config = JobConfig(out=str(out), **{name: given[name] for name in names})
@@ -131,6 +133,15 @@ def conclude(
 
     code = summary.conclude(outcome, request, as_json=as_json, reference=reference, control=control)
     return outcome.conclude(code)
+
+
+def _check_transport(name: str) -> None:
+    if name == "gloo":
+        return  # always there; the others are only known to a module that imports torch
+    from collectives.epochs import TRANSPORTS
+
+    if name not in TRANSPORTS:
+        raise UsageError(f"unknown --transport {name!r}; there are {', '.join(sorted(TRANSPORTS))}")
 
 
 def _plan(

@@ -15,11 +15,21 @@ from launch.child import Link
 
 def peer(steps: int, pause: float, misdeed: str) -> int:
     link = Link.enter()
-    started, leaving, dying = threading.Event(), threading.Event(), threading.Event()
+    started, leaving, dying = (threading.Event() for _ in range(3))
+    gates: set[int] = set()
+    opened = threading.Condition()
 
     def on_command(command: dict[str, Any]) -> None:
-        {"start": started, "leave": leaving, "die": dying}[command["do"]].set()
+        with opened:
+            if command["do"] == "go":
+                gates.difference_update(range(command["step"] + 1))
+            gates.update(command.get("gates", ()))
+            opened.notify_all()
+        if command["do"] != "go":
+            {"start": started, "leave": leaving, "die": dying}[command["do"]].set()
 
+    woken = threading.Event()
+    signal.signal(signal.SIGCONT, lambda number, frame: woken.set())
     if misdeed == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link.listen(on_command)
@@ -29,12 +39,14 @@ def peer(steps: int, pause: float, misdeed: str) -> int:
     link.report("joined", member=member, epoch=1, size=1)
     print("the toy began", flush=True)
     for step in range(1, steps + 1):
-        before = time.monotonic()
         time.sleep(pause)
-        if time.monotonic() - before > pause + 0.3:  # we were stopped: evicted, and back as a new member
+        if woken.is_set():  # we were stopped: evicted, and back as a new member
+            woken.clear()
             member += 1_000_000
             link.report("joined", member=member, epoch=2, size=1)
         link.report("progress", step=step, loss=1.0 / step, member=member)
+        with opened:
+            assert opened.wait_for(lambda: step not in gates, 10), "a gate stayed closed"  # noqa: B023
         if dying.is_set():
             link.report("fired", where=f"staged of all_reduce {step}")
             os.kill(os.getpid(), signal.SIGKILL)
