@@ -146,15 +146,15 @@ class Process:
         """Say something to the program; it gets it by `peer.hear(word)`."""
         self._line.sendall(json.dumps({"word": word, **data}).encode() + b"\n")
 
-    def expect(self, event: str, timeout: float = PATIENCE) -> dict[str, Any]:
-        """Wait until the program says `event`; returns what came with it, the oldest first."""
+    def expect(self, *events: str, timeout: float = PATIENCE) -> dict[str, Any]:
+        """Wait until the program says one of `events`; returns what came with it, the oldest first."""
         deadline = time.monotonic() + timeout
         while True:
             for one in self._events:
-                if one["event"] == event:
+                if one["event"] in events:
                     self._events.remove(one)
                     return one
-            assert self._read(deadline), f"{self} did not say {event!r} in {timeout} s, {self._story()}"
+            assert self._read(deadline), f"{self} did not say {' or '.join(events)} in {timeout} s, {self._story()}"
 
     def said(self, event: str) -> bool:
         """Whether the program has said `event` (and `expect` would return at once)."""

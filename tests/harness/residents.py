@@ -51,7 +51,7 @@ class Residents:
 
     def collect(self, timeout: float = PATIENCE) -> list[Any]:
         """Return what the members returned, by rank; what one of them raised fails the test."""
-        answers = [process.expect("done", timeout) for process in self.ranked]
+        answers = [process.expect("done", timeout=timeout) for process in self.ranked]
         for rank, answer in enumerate(answers):
             assert not answer["failure"], f"rank {rank}: {answer['failure']}"
         return [answer["value"] for answer in answers]

@@ -1,0 +1,120 @@
+"""Programs whose members die by SIGKILL at chosen points of operations, and what the survivors saw of it."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives import faults
+from collectives.algorithms import ring
+from collectives.communicator import Communicator
+from collectives.errors import MemberLost
+from collectives.outcome import Outcome
+from tests.conformance.values import exact, reduced
+from tests.harness.peer import Peer, bits
+
+COUNTS = {"small": 600, "bulk": 360_000}
+"""Elements of single precision; in notes, or in several bulk transfers."""
+
+
+def dying(peer: Peer) -> Callable[[str], None]:
+    """The action of a fault: say so, then die without another word."""
+
+    def die(where: str) -> None:
+        peer.say("fired", where=where)
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return die
+
+
+def input_of(member: int, count: int, number: int) -> Tensor:
+    """What a member gives to operation `number`."""
+    return exact(member, [count], torch.float32, "sum", number)
+
+
+def perform(comm: Communicator, kind: str, tensor: Tensor, root: int, **how: Any) -> Outcome:
+    """One operation of the kind."""
+    actions: dict[str, Callable[[], Outcome]] = {
+        "all_reduce": lambda: comm.all_reduce(tensor, "avg", **how),
+        "all_reduce out of place": lambda: comm.all_reduce(tensor, "avg", inplace=False, **how),
+        "reduce_scatter": lambda: comm.reduce_scatter(tensor, "avg", **how),
+        "all_gather": lambda: comm.all_gather(tensor, **how),
+        "all_gather to out": lambda: comm.all_gather(tensor, out=torch.zeros(comm.size, *tensor.shape), **how),
+        "broadcast from a survivor": lambda: comm.broadcast(tensor, root, **how),
+        "broadcast from the victim": lambda: comm.broadcast(tensor, root, **how),
+        "barrier": lambda: comm.barrier(**how),
+        "exchange": lambda: comm.run(ring.all_reduce(comm.size, tensor.numel()), tensor, **how),
+    }
+    return actions[kind]()
+
+
+def expected(kind: str, inputs: list[Tensor], rank: int, root: int) -> Tensor | None:
+    """What it must give, by arithmetic; `root` is a rank."""
+    match kind:
+        case "all_reduce" | "all_reduce out of place":
+            return reduced(inputs, "avg")
+        case "reduce_scatter":
+            return reduced(inputs, "avg").view(len(inputs), -1)[rank]
+        case "all_gather" | "all_gather to out":
+            return torch.stack(inputs)
+        case "exchange":
+            return reduced(inputs, "sum")
+        case "barrier":
+            return None
+    return inputs[root]
+
+
+def witness(comm: Communicator, kind: str, size: str, number: int, root: int, **how: Any) -> dict[str, Any]:
+    """Run one operation and tell all about its end."""
+    members, rank, count = comm.members, comm.rank, COUNTS[size]
+    tensor = input_of(comm.member_id, count, number)
+    before = tensor.clone()
+    report: dict[str, Any] = {"before": members, "member": comm.member_id}
+    try:
+        outcome = perform(comm, kind, tensor, members[root], **how)
+    except MemberLost as error:
+        report |= {"error": str(error), "lost": error.lost, "survivors": error.survivors}
+        report |= {"intact": torch.equal(tensor, before)}
+    else:
+        who = outcome.contributors
+        inputs = [input_of(member, count, number) for member in who]
+        want = expected(kind, inputs, rank, who.index(members[root]) if members[root] in who else 0)
+        report |= {"contributors": who, "epoch": outcome.epoch, "from_staging": outcome.from_staging}
+        report |= {"right": outcome.result is want if want is None else torch.equal(_result(outcome), want)}
+        # The bits of a share say nothing to the others.
+        report |= {"bits": "" if want is None or kind == "reduce_scatter" else bits(want)}
+        report |= {"intact": kind not in OUT_OF_PLACE or torch.equal(tensor, before)}
+    return report | {"after": comm.members, "rank": comm.rank}
+
+
+OUT_OF_PLACE = ("all_reduce out of place", "reduce_scatter", "all_gather", "all_gather to out", "barrier")
+
+
+def _result(outcome: Outcome) -> Tensor:
+    assert outcome.result is not None
+    return outcome.result
+
+
+def goes_on(comm: Communicator) -> bool:
+    """Whether the group works, to the bit, among those that it says are here."""
+    total = comm.all_reduce(torch.tensor([comm.member_id]))
+    return bool(_result(total).item() == sum(comm.members)) and total.contributors == comm.members
+
+
+def mortal(peer: Peer, kind: str, point: str, size: str, victims: list[int], algorithm: str) -> None:
+    """Rounds of one operation; in each, the member of that rank dies at the point of it."""
+    comm = peer.join()
+    fault_kind = kind.split(maxsplit=1)[0]
+    for number, victim in enumerate(victims):
+        assert goes_on(comm)
+        if comm.rank == victim:
+            faults.arm(point, dying(peer), kind=fault_kind, skip=number % 2 if comm.size > 3 else 0)
+        root = victim if kind.endswith("the victim") else (victim + 1) % comm.size
+        peer.say("report", **witness(comm, kind, size, number, root, algorithm=algorithm))
+        assert goes_on(comm)
+    comm.leave()

@@ -1,0 +1,107 @@
+"""Rules R2, R3 and R6: a member of any rank dies at any point of any operation.
+
+With RINGHOLD_LONG=1 in the environment every rank dies at every point of every kind, else each in turn:
+
+    RINGHOLD_LONG=1 pytest tests/conformance/test_r6_losses.py
+"""
+
+import os
+import signal
+from itertools import product
+from typing import Any
+
+import pytest
+
+from collectives.faults import POINTS
+from tests.conformance.losses import mortal
+from tests.harness.cluster import Cluster
+
+KINDS = (
+    "all_reduce",
+    "all_reduce out of place",
+    "reduce_scatter",
+    "all_gather",
+    "all_gather to out",
+    "broadcast from a survivor",
+    "broadcast from the victim",
+    "barrier",
+    "exchange",
+)
+ELASTIC = ("all_reduce", "all_reduce out of place", "all_gather", "broadcast from a survivor", "barrier")
+NEVER = {
+    "all_gather": ("reduce",),
+    "all_gather to out": ("reduce",),
+    "broadcast from a survivor": ("reduce",),
+    "broadcast from the victim": ("transfer", "reduce"),
+    "barrier": ("transfer", "reduce"),
+}
+"""Points that a kind does not pass."""
+
+LONG = os.environ.get("RINGHOLD_LONG") == "1"
+WORLD = 4
+
+
+def deaths() -> list[tuple[str, str, int, str]]:
+    """Kind, point, rank of the first victim, size."""
+    cases = []
+    pairs = [(kind, point) for kind, point in product(KINDS, POINTS) if point not in NEVER.get(kind, ())]
+    for number, (kind, point) in enumerate(pairs):
+        every = LONG or kind == "all_reduce"
+        for rank in range(WORLD) if every else [(number + number // WORLD) % WORLD]:
+            sizes = ("small", "bulk") if LONG else (("small", "bulk")[(number + rank) % 2],)
+            cases += [(kind, point, rank, size) for size in sizes]
+    return cases
+
+
+def judge(reports: list[dict[str, Any]], kind: str, point: str, victim: int) -> None:
+    """The contract of the kind, on all survivors alike."""
+    first = reports[0]
+    before = first["before"]
+    dead = before[victim]
+    survivors = [member for member in before if member != dead]
+    assert sorted(report["member"] for report in reports) == sorted(survivors)
+    for report in reports:
+        assert report["before"] == before
+        assert report["after"] == (before if report.get("contributors") == before else survivors)
+        assert report["intact"], "inputs were touched"
+        for key in ("contributors", "bits", "epoch", "lost", "survivors"):
+            assert report.get(key) == first.get(key), f"the survivors saw different {key}"
+    if "contributors" in first:
+        assert all(report["right"] for report in reports)
+        if first["contributors"] == before:
+            silent = ("enter",) if kind == "barrier" else ("enter", "begin")
+            assert point not in silent, "the victim had given nothing"
+            # Whoever had not staged cannot have confirmed either: only the change can have completed it (R3).
+            if point in ("transfer", "reduce", "end"):
+                assert all(report["from_staging"] for report in reports)
+            return
+        assert kind in ELASTIC, "a kind that must not shrink did"
+        assert first["contributors"] == survivors
+    else:
+        assert kind not in ELASTIC, "survivors could have gone on"
+        assert first["lost"] == [dead]
+        assert first["survivors"] == survivors
+        assert f"lost member {dead}" in first["error"]
+    assert point not in ("confirmed", "copied"), "the victim had returned a result that the survivors lack"
+
+
+@pytest.mark.parametrize(("kind", "point", "rank", "size"), deaths())
+def test_r6_a_death_ends_alike_on_all_survivors(kind: str, point: str, rank: int, size: str) -> None:
+    victims = [rank, (rank + 1) % (WORLD - 1), rank % (WORLD - 2)]
+    # In recursive doubling some ranks reduce nothing.
+    algorithm = "ring" if point == "reduce" else "auto"
+    with Cluster(founders=WORLD) as cluster:
+        living = cluster.peers(mortal, WORLD, kind=kind, point=point, size=size, victims=victims, algorithm=algorithm)
+        for victim in victims:
+            reports = []
+            for process in list(living):
+                word = process.expect("report", "fired")
+                if word["event"] == "report":
+                    reports.append(word)
+                    continue
+                assert word["where"].startswith(f"{point} of {kind.split(maxsplit=1)[0]}")
+                assert process.ending().signal == signal.SIGKILL
+                living.remove(process)
+            judge(reports, kind, point, victim)
+        for process in living:
+            process.result()
