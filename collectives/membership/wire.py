@@ -138,12 +138,18 @@ async def connect(host: str, port: int, token: bytes, run: str, tls: ssl.SSLCont
     """Peer's side: connect and shake hands.
 
     Raises:
-        JoinRefused: the coordinator refused this peer, or does not hold the token itself.
+        JoinRefused: the coordinator refused this peer, or has not the token itself, or no certificate that we trust.
         ProtocolError: the other end is no coordinator.
         OSError, asyncio.IncompleteReadError: it cannot be reached.
 
     """
-    reader, writer = await asyncio.open_connection(host, port, ssl=tls)
+    try:
+        reader, writer = await asyncio.open_connection(host, port, ssl=tls)
+    except ssl.SSLCertVerificationError as error:
+        raise JoinRefused(
+            f"the certificate of the coordinator at {host}:{port} is not to be trusted: {error.verify_message}; check "
+            "option tls_ca"
+        ) from None
     try:
         challenge = _expect(await _read_plain(reader), Challenge)
         if challenge.version != VERSION:
