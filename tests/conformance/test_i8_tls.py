@@ -1,6 +1,7 @@
 """Invariant 8: TLS on the control channel is available, and a peer refuses a coordinator that it cannot trust."""
 
 from pathlib import Path
+from typing import Any
 
 import trustme
 
@@ -8,7 +9,7 @@ from tests.conformance.secure import contributors
 from tests.harness.cluster import Cluster
 
 
-def authority(folder: Path, host: str = "127.0.0.1") -> dict[str, str]:
+def authority(folder: Path, host: str = "127.0.0.1") -> dict[str, Any]:
     """Options of a coordinator and peers that trust an authority of their own."""
     made = trustme.CA()
     issued = made.issue_cert(host)
