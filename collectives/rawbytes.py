@@ -70,8 +70,8 @@ def write(tensor: Tensor, pieces: Iterable[tuple[int, Bytes]]) -> None:
             flat[start : start + len(data)].copy_(torch.from_numpy(data))
         if direct:
             torch.autograd.graph.increment_version(tensor)
-        elif target.is_complex():
-            target.copy_(flat.view(target.dtype).reshape(target.shape))  # undoes a conjugation that is only noted
+        elif target.is_complex() or target.is_neg():
+            target.copy_(flat.view(target.dtype).reshape(target.shape))  # undoes signs that are only noted
         else:
             words = _words(target)
             words.copy_(flat.view(words.dtype).reshape(words.shape))

@@ -65,6 +65,21 @@ def test_strides_and_aliases_do_not_count() -> None:
     assert state_hash({"w": torch.ones(1).expand(5)}) == state_hash({"w": torch.ones(5)})
 
 
+def test_views_that_conjugate_or_negate_count_as_what_they_show() -> None:
+    number = torch.tensor([1 + 2j, 3 - 4j])
+    shown: State = {"a": number, "b": number.conj(), "c": number.conj().imag}
+    assert shown["c"].is_neg()
+    assert state_hash(shown) == state_hash(
+        {"a": number, "b": torch.tensor([1 - 2j, 3 + 4j]), "c": torch.tensor([-2.0, 4])}
+    )
+    target: State = {"a": torch.tensor([5 + 6j, 0]), "b": torch.tensor([5 - 6j, 0]), "c": torch.tensor([-6.0, 0])}
+    target["b"], target["c"] = target["a"].conj().resolve_conj(), target["a"].conj().imag.resolve_neg()
+    _, created = heal(shown, target)
+    assert created == ()
+    assert torch.equal(number, target["a"])
+    assert state_hash(shown) == state_hash(target)
+
+
 def test_a_shared_tensor_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
 

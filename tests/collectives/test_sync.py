@@ -439,6 +439,19 @@ def test_a_corrupt_index_comes_again() -> None:
     done.healed_to(big(1, 2))
 
 
+def test_deaths_while_the_index_is_sent_are_no_corruption() -> None:
+    deaths = {member: ("broadcast", number) for number, member in enumerate(IDS[:3])}
+    done = run(*(Peer(big(1, 1)) for _ in range(4)), joiner(big(2, 1)), deaths=deaths)
+    done.healed_to(big(1, 1))
+
+
+def test_deaths_after_a_corrupt_chunk_are_no_corruption() -> None:
+    peers = [*(Peer(big(1, 1)) for _ in range(4)), joiner(big(2, 1))]
+    deaths = {member: ("exchange", number) for number, member in enumerate(IDS[:3]) if number}
+    done = run(*peers, tamper=spoil(21, 1), deaths=deaths)
+    done.healed_to(big(1, 1))
+
+
 def test_an_index_that_stays_corrupt_stops_everybody() -> None:
     done = run(Peer(big(1, 2)), joiner(big(2, 2)), joiner(big(1, 2)), tamper=spoil(5, 99, kind="broadcast"))
     assert "the index of the state came to members [5]" in str(done.failed_with(CorruptChunk))

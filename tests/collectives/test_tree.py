@@ -193,6 +193,7 @@ def packed(node: object) -> bytes:
         packed(["d", "a", ["i", b"\x01"]]),
         packed(["d", "a", ["i", b""]]),
         packed(["d", "a", ["i", b"\x00" * 12]]),
+        packed(["d", "a", ["i", (1 << 70).to_bytes(10, "little")]]),
         packed(["d", "a", ["i", 5]]),
         packed(["d", "a", ["x"]]),
         packed(["d", "a", ["x", "object"]]),
