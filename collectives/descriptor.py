@@ -8,7 +8,8 @@ from collectives.errors import ProtocolError
 class Descriptor(msgspec.Struct, frozen=True, array_like=True):
     """What must be the same on every member for one attempt of one operation.
 
-    `view` is the epoch whose ranks the caller saw when it issued the operation; 0 where that does not matter.
+    `view` is the epoch whose ranks the caller saw when it issued the operation; 0 where that does not matter, because
+    the operation can be run by fewer.
     """
 
     epoch: int
@@ -31,12 +32,15 @@ class Descriptor(msgspec.Struct, frozen=True, array_like=True):
         words = [f"{self.kind}(shape {list(self.shape)}, {self.dtype}"]
         words += [f"op {self.op}"] if self.op else []
         words += [f"root {self.root}"] if self.root else []
-        words += [f"on_loss {self.on_loss}", f"algorithm {self.algorithm})", f"as operation {self.seq}"]
+        words += [f"on_loss {self.on_loss}", f"algorithm {self.algorithm})"]
+        words += ["for these members only"] if self.view else []
+        words += [f"as operation {self.seq}"]
         return ", ".join(words)
 
     def differs_by_view_only(self, other: "Descriptor") -> bool:
         """Whether one was issued before a loss and the other after, all else equal."""
-        return self.view != other.view and msgspec.structs.replace(self, view=other.view) == other
+        issued_apart = self.view and other.view and self.view != other.view
+        return bool(issued_apart) and msgspec.structs.replace(self, view=other.view) == other
 
 
 def decode(data: bytes) -> Descriptor:

@@ -17,7 +17,7 @@ from collectives.confirm import confirm
 from collectives.descriptor import Descriptor
 from collectives.engine import Engine
 from collectives.epochs import Epochs
-from collectives.errors import MemberLost, RingholdError, TransportLost, UsageError
+from collectives.errors import CrossedWaits, DescriptorMismatch, MemberLost, RingholdError, TransportLost, UsageError
 from collectives.membership.member import Completed, Run, Wait
 from collectives.membership.protocol import Differs
 from collectives.membership.session import Session
@@ -115,12 +115,12 @@ class Group(Runner):
             seq = core.enter(operation.lane, operation.kind)
         try:
             return self._settle(operation, seq)
-        except RingholdError:
-            raise
+        except (MemberLost, DescriptorMismatch, CrossedWaits):
+            raise  # the verdict of all
         except BaseException as error:
-            # Rule R4: whoever gives up inside an operation by itself has departed.
-            why = f"{type(error).__name__} inside {operation.kind} {seq} of lane {operation.lane!r}"
-            self._session.post(core.leave(why))
+            if not isinstance(error, RingholdError) or core.lanes[operation.lane].complete < seq:
+                # Rule R4: whoever gives up inside an operation by itself has departed.
+                self._session.depart(f"{type(error).__name__} inside {operation.kind} {seq} of lane {operation.lane!r}")
             raise
         finally:
             with changed:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from collectives.errors import CoordinatorUnreachable, JoinRefused, ProtocolError, RingholdError
+from collectives.errors import CoordinatorUnreachable, Evicted, JoinRefused, ProtocolError, RingholdError
 from collectives.membership.member import Member
 from collectives.membership.protocol import (
     NONCE_BYTES,
@@ -108,8 +108,16 @@ class Session:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
+    def depart(self, reason: str) -> None:
+        """Be no member any more, at once, and give the coordinator notice (rule R4); harmless if that is so already."""
+        with self.changed:
+            if self.core.error is not None:
+                return
+            self.post(self.core.leave(reason))
+        self.fail(Evicted(f"this member departed by itself: {reason}; join again"))
+
     def fail(self, error: RingholdError) -> None:
-        """Depart by our own decision (rule R4); every operation of this member ends with the error."""
+        """Be no member any more, at once; every operation of this member ends with the error."""
         with self.changed:
             self.core.fail(error)
             self.changed.notify_all()
