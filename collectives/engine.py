@@ -19,6 +19,7 @@ from collectives.staging import StagingPool
 from collectives.transports.base import Transport
 
 SEGMENT_BYTES = 2**20
+NOTE_BYTES = 2**19
 WINDOW = 4
 PROBES = ("begin", "transfer", "reduce", "end")
 """The points at which `probe` is called: before anything is sent, after each segment that arrived, after each segment
@@ -32,14 +33,21 @@ class Engine:
 
     Args:
         pool: where scratch memory comes from.
-        segment_bytes, window: cut and order of transfers. The same on all members.
+        segment_bytes, note_bytes, window: cut and order of transfers. The same on all members.
 
     """
 
-    def __init__(self, pool: StagingPool, segment_bytes: int = SEGMENT_BYTES, window: int = WINDOW) -> None:
+    def __init__(
+        self,
+        pool: StagingPool,
+        segment_bytes: int = SEGMENT_BYTES,
+        window: int = WINDOW,
+        note_bytes: int = NOTE_BYTES,
+    ) -> None:
         self._pool = pool
         self._segment_bytes = segment_bytes
         self._window = window
+        self._note_bytes = note_bytes
         self._lock = threading.Lock()
         self._programs: WeakKeyDictionary[Schedule, dict[tuple[int, Cutting], Program]] = WeakKeyDictionary()
 
@@ -101,7 +109,14 @@ class Engine:
     ) -> Program:
         size = staging.element_size()
         convert = source.dtype != staging.dtype
-        cutting = Cutting(self._segment_bytes // size, transport.inline_limit // size, self._window, convert, lift)
+        cutting = Cutting(
+            segment=self._segment_bytes // size,
+            inline=transport.inline_limit // size,
+            note=self._note_bytes // size,
+            window=self._window,
+            convert=convert,
+            lift=lift,
+        )
         key = (transport.rank, cutting)
         with self._lock:
             programs = self._programs.setdefault(schedule, {})

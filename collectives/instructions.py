@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from collectives.errors import ProtocolError
 from collectives.transports.base import Pending, Transport
 
 NONE = -1
@@ -48,6 +47,10 @@ class Machine:
         self.sending: dict[int, Pending] = {}
         self._scratch = scratch
         self._slot_size = slot_size
+        self._item = staging.element_size()
+        self._source_bytes = _bytes(source) if source.dtype == staging.dtype else memoryview(b"")
+        self._staging_bytes = _bytes(staging)
+        self._scratch_bytes = _bytes(scratch)
 
     def data(self, start: int, stop: int, offset: int) -> Tensor:
         """Where the range can be read."""
@@ -61,6 +64,19 @@ class Machine:
             return self.staging[start:stop]
         first = slot * self._slot_size
         return self._scratch[first : first + stop - start]
+
+    def data_bytes(self, start: int, stop: int, offset: int) -> memoryview:
+        """`data` as bytes."""
+        if offset == NONE:
+            return self._staging_bytes[start * self._item : stop * self._item]
+        return self._source_bytes[offset * self._item : (offset + stop - start) * self._item]
+
+    def landing_bytes(self, start: int, stop: int, slot: int) -> memoryview:
+        """`landing` as bytes."""
+        if slot == NONE:
+            return self._staging_bytes[start * self._item : stop * self._item]
+        first = slot * self._slot_size
+        return self._scratch_bytes[first * self._item : (first + stop - start) * self._item]
 
 
 class Instruction(Protocol):
@@ -119,12 +135,8 @@ class TakeNote(NamedTuple):
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        note = machine.transport.recv_note(self.peer, machine.channel)
-        into = _bytes(machine.landing(self.start, self.stop, self.slot))
-        if len(note) != len(into):
-            raise ProtocolError(f"rank {self.peer} sent {len(note)} bytes inline where {len(into)} were due")
-        if note:
-            into[:] = np.frombuffer(note, np.uint8)
+        into = machine.landing_bytes(self.start, self.stop, self.slot)
+        machine.transport.recv_note_into(self.peer, into, machine.channel)
         if machine.probe is not None:
             machine.probe("transfer")
 
@@ -154,9 +166,10 @@ class AwaitSend(NamedTuple):
         machine.sending.pop(self.number).wait()
 
 
-class SendNote(NamedTuple):
-    """Send a small range as a note; an empty one is a notification."""
+class PostNote(NamedTuple):
+    """Hand the data of the send of this number to the transport as a note."""
 
+    number: int
     peer: int
     start: int
     stop: int
@@ -164,8 +177,18 @@ class SendNote(NamedTuple):
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        data = _bytes(machine.data(self.start, self.stop, self.offset))
-        machine.transport.send_note(self.peer, data.data, machine.channel)
+        data = machine.data_bytes(self.start, self.stop, self.offset)
+        machine.sending[self.number] = machine.transport.post_note(self.peer, data, machine.channel)
+
+
+class Notify(NamedTuple):
+    """Send an empty note."""
+
+    peer: int
+
+    def run(self, machine: Machine) -> None:
+        """See Instruction."""
+        machine.transport.send_note(self.peer, b"", machine.channel)
 
 
 class Fold(NamedTuple):
@@ -207,6 +230,6 @@ class RunKernel(NamedTuple):
         machine.kernels[self.kernel](machine.staging[self.start : self.stop])
 
 
-def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+def _bytes(tensor: Tensor) -> memoryview:
     view: npt.NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
-    return view
+    return view.data

@@ -27,10 +27,11 @@ from collectives.instructions import (
     Fold,
     Instruction,
     Lift,
+    Notify,
+    PostNote,
     PostReceive,
     PostSend,
     RunKernel,
-    SendNote,
     TakeNote,
 )
 from collectives.intervals import IntervalMap
@@ -47,7 +48,9 @@ class Cutting(NamedTuple):
     segment: int
     """Transfers are cut into segments of about this many elements."""
     inline: int
-    """A transfer of up to this many elements goes as one note."""
+    """A transfer of up to this many elements goes as notes."""
+    note: int
+    """Elements of such a note, about."""
     window: int
     """Receives that are posted ahead."""
     convert: bool
@@ -142,7 +145,7 @@ class _Plan:
             for start, stop, inline in self._cut(send):
                 if start == stop:
                     waits = frozenset(self.send_steps)
-                    self._when(self._in_turn(send.peer, arrived), SendNote(send.peer, 0, 0, NONE), waits)
+                    self._when(self._in_turn(send.peer, arrived), Notify(send.peer), waits)
                 else:
                     self._plan_send(send.peer, start, stop, inline, step.step)
         for recv, start, stop, inline in self._interleaved(step.recvs):
@@ -159,16 +162,14 @@ class _Plan:
             cells = self._known(start, stop)
             offset, ready = NONE, max(cell.ready for _, _, cell in cells)
         due = self._in_turn(peer, ready)
-        if inline:
-            self._when(due, SendNote(peer, start, stop, offset))
-            return
         index = len(self.send_steps)
         self.send_steps[index] = step
         self.send_due[index] = due
         if offset == NONE:
             for low, high, cell in cells:
                 self._cells.assign(low, high, cell._replace(readers=(*cell.readers, index)))
-        self._when(due, PostSend(index, peer, start, stop, offset))
+        post = PostNote if inline else PostSend
+        self._when(due, post(index, peer, start, stop, offset))
 
     def _plan_receive(self, recv: Recv, start: int, stop: int, inline: bool, step: int) -> None:
         slot, after, fold = NONE, NONE, None
@@ -252,11 +253,12 @@ class _Plan:
 
     def _cut(self, row: Send | Recv | Compute) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, stop, inline) of the segments of a transfer."""
-        if row.stop - row.start <= self.cutting.inline:
+        if row.start == row.stop:
             yield row.start, row.stop, True
-        else:
-            for start, stop in _pieces(row.start, row.stop, self.cutting.segment):
-                yield start, stop, False
+            return
+        inline = row.stop - row.start <= self.cutting.inline
+        for start, stop in _pieces(row.start, row.stop, self.cutting.note if inline else self.cutting.segment):
+            yield start, stop, inline
 
     def _interleaved(self, recvs: tuple[Recv, ...]) -> list[tuple[Recv, int, int, bool]]:
         """The segments of a step's receives in the order in which they are dealt with.

@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from collectives.errors import ProtocolError
+
 CHANNELS = 2**31 - 1024
 """Channels are numbers in [0, CHANNELS); those above are the transports' own."""
 
@@ -39,6 +41,16 @@ class Pending(ABC):
                 The memory stays the transport's until `close` has returned.
 
         """
+
+
+class Done(Pending):
+    """An operation that was over when it was posted."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+DONE = Done()
 
 
 class Transport(ABC):
@@ -92,6 +104,24 @@ class Transport(ABC):
             OperationTimeout: nothing came in time; the transport is as good as before.
 
         """
+
+    def post_note(self, peer: int, note: memoryview, channel: int) -> Pending:
+        """Send a note whose memory stays as it is until `Pending.wait` has returned. Errors as with `send_note`."""
+        self.send_note(peer, note, channel)
+        return DONE
+
+    def recv_note_into(self, peer: int, into: memoryview, channel: int) -> None:
+        """Receive the next note into this memory of as many bytes; the memory is as with `recv` meanwhile.
+
+        Raises:
+            TransportLost: as `recv_note`.
+            ProtocolError: the note has another length.
+
+        """
+        note = self.recv_note(peer, channel)
+        if len(note) != len(into):
+            raise ProtocolError(f"rank {peer} sent {len(note)} bytes inline where {len(into)} were due")
+        into[:] = note
 
     @abstractmethod
     def abort(self) -> None:

@@ -1,9 +1,11 @@
-"""Frames on one connection between two members: bounded, checked, never blocking. Used by `links`.
+"""One connection between two members: frames in, frames out, never blocking; `links` owns it and does the waiting.
 
-A frame is a header (length u32, channel u32, CRC-32 of both and the payload) and the payload. TCP's own checksum
-misses one corruption in 65536; CRC-32 costs 30 us for 64 KiB and 0.2 us for a header.
+A note travels as a frame: a header (length u32, channel u32, CRC-32) and the payload. The CRC covers the header, and
+payloads of up to CHECKED bytes: what steers the protocol. Larger ones are tensor data, which go as unprotected here as
+through gloo (checking them takes as long as moving them).
 """
 
+import contextlib
 import socket
 import struct
 import threading
@@ -14,136 +16,211 @@ from collectives.errors import TransportLost
 
 MAX_NOTE = 2**20
 """Longest payload of a frame, bytes. A longer one on the wire is taken for garbage and ends the link."""
+CHECKED = 4096
+"""Payloads of up to this many bytes are covered by the checksum."""
+LANDED = bytes(bytearray(b"landed"))
+"""Stands for a payload that was received straight into its reader's memory; told by identity."""
+LARGE = 16 * 1024
+"""From this many bytes on it pays to read a payload straight into its reader's memory, at one more system call."""
 
 _HEADER = struct.Struct("<III")
-_READ = 96 * 1024
-_GATHER = 4096
-"""Payloads above this many bytes are gathered by the kernel instead of being copied behind their header."""
+_READ = 64 * 1024
 _BUFFER = 2**20
 _DRAIN_READS = 64
 
 
-def _check(length: int, channel: int, payload: bytes | memoryview) -> int:
-    return zlib.crc32(payload, (length * 0x9E3779B1 ^ channel) & 0xFFFFFFFF)
+Note = tuple[int, bytes]
+"""Channel and payload."""
+
+
+class _Arriving:
+    """A note of which not all bytes are here yet; `own` is its memory where the reader gave none."""
+
+    __slots__ = ("channel", "got", "own", "view")
+
+    def __init__(self, channel: int, length: int, landing: memoryview | None) -> None:
+        self.channel = channel
+        self.got = 0
+        self.own = bytearray(length) if landing is None else None
+        self.view = memoryview(self.own) if self.own is not None else landing or memoryview(b"")
 
 
 class Link:
-    """One authenticated connection to rank `peer`. One thread at a time may read; any thread may write."""
+    """A connected, authenticated, non-blocking socket to rank `peer`. One thread at a time reads; any thread writes."""
 
     def __init__(self, sock: socket.socket, peer: int) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for side in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, side, _BUFFER)
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        else:  # TCP sizes its buffers itself, if it is let
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.peer = peer
         self.fd = sock.fileno()
         self.lost: str | None = None
         """Why nothing more can be read, once that is so."""
+        self.landings: dict[int, memoryview] = {}
+        """By channel, where the next note is wanted, if it is LARGE. Set while nobody reads; `read` removes it then."""
+        self.unsent = False
+        """Whether there is something for `flush` to do."""
         self._sock = sock
         self._rest = b""
-        self._lock = threading.Lock()
-        self._unsent: deque[memoryview] = deque()
+        self._arriving: _Arriving | None = None
+        self._write_lock = threading.Lock()
+        self._queue: deque[tuple[int, memoryview]] = deque()
+        self._posted = 0
+        self._sent = 0
         self._broken: str | None = None
 
-    def read(self) -> list[tuple[int, bytes]]:
-        """Return the whole frames that are there, (channel, payload) each, without waiting. Sets `lost` at the end."""
+    def read(self) -> list[Note]:
+        """Return the notes that are whole now, without waiting. Sets `lost` at the end or on error."""
+        notes: list[Note] = []
         try:
-            data = self._sock.recv(_READ)
+            if self._arriving is None:
+                self._begin_frames(notes)
+            if self._arriving is not None:
+                self._go_on(self._arriving, notes)
         except BlockingIOError:
-            return []
+            pass  # that was all for now
         except OSError as error:
             self.lost = f"the link to rank {self.peer} failed: {error}"
-            return []
-        if not data:
-            self.lost = f"rank {self.peer} closed its link"
-            return []
-        if self._rest:
-            data = self._rest + data
-        frames = []
-        at, end = 0, len(data)
-        while end - at >= _HEADER.size:
-            length, channel, check = _HEADER.unpack_from(data, at)
-            start = at + _HEADER.size
-            stop = start + length
-            if length > MAX_NOTE:
-                self.lost = f"rank {self.peer} announced a note of {length} bytes, more than {MAX_NOTE}: garbage"
-                break
-            if stop > end:
-                break
-            payload = data[start:stop]
-            if _check(length, channel, payload) != check:
-                self.lost = f"a note from rank {self.peer} arrived damaged: its checksum does not fit"
-                break
-            frames.append((channel, payload))
-            at = stop
-        self._rest = data[at:] if at < end else b""
-        return frames
+        return notes
 
-    def write(self, payload: bytes | memoryview, channel: int) -> bool:
-        """Send a frame, or keep the rest of it for `flush`. True: somebody must call `flush` until it returns True.
+    def write(self, payload: bytes | memoryview, channel: int, keep: bool) -> int:
+        """Send a note, or as much as can be sent without waiting, and queue the rest for `flush`.
 
-        Only the first caller that leaves a rest gets True; later ones add to what is being flushed.
+        Args:
+            payload: up to MAX_NOTE bytes.
+            channel: the receiver's.
+            keep: whether `payload` stays unchanged until it is sent; else what is left of it is copied.
+
+        Returns:
+            Its number: it has been sent when `is_sent(number)`.
 
         Raises:
             TransportLost: the connection is broken.
-            ValueError: the payload is longer than MAX_NOTE.
+            ValueError: the payload is too long.
 
         """
         length = len(payload)
         if length > MAX_NOTE:
             raise ValueError(f"a note of {length} bytes is longer than {MAX_NOTE}; send it in parts or as bulk")
         header = _HEADER.pack(length, channel, _check(length, channel, payload))
-        with self._lock:
-            self._raise_if_broken()
-            first = not self._unsent
+        with self._write_lock:
+            self._posted += 1
             sent = 0
-            if first:
+            if not self._queue:
                 sent = self._push(header, payload)
                 if sent == _HEADER.size + length:
-                    return False
-            self._unsent.append(memoryview(header + bytes(payload))[sent:])
-            return first
+                    self._sent = self._posted
+                    return self._posted
+            if sent < _HEADER.size:
+                self._queue.append((self._posted - 1, memoryview(header)[sent:]))
+                sent = _HEADER.size
+            rest = payload[sent - _HEADER.size :]
+            self._queue.append((self._posted, memoryview(rest if keep else bytes(rest))))
+            self.unsent = True
+            return self._posted
 
-    def flush(self) -> bool:
-        """Send what `write` left over, as far as possible without waiting; True when nothing is left.
+    def flush(self) -> None:
+        """Send what `write` queued, as far as possible without waiting.
 
         Raises:
             TransportLost: the connection is broken.
 
         """
-        with self._lock:
-            self._raise_if_broken()
-            while self._unsent:
-                rest = self._unsent[0]
+        with self._write_lock:
+            while self._queue:
+                number, rest = self._queue[0]
                 sent = self._push(rest, b"")
                 if sent < len(rest):
-                    self._unsent[0] = rest[sent:]
-                    return False
-                self._unsent.popleft()
+                    self._queue[0] = (number, rest[sent:])
+                    return
+                self._queue.popleft()
+                self._sent = number
+            self.unsent = False
+
+    def is_sent(self, number: int) -> bool:
+        """Whether the kernel has all of this note.
+
+        Raises:
+            TransportLost: not yet, and the connection is broken.
+
+        """
+        if self._sent >= number:
             return True
+        why = self._broken or self.lost
+        if why is not None:
+            raise TransportLost(why, self.peer)
+        return False
 
     def close(self) -> None:
         """Close in good order: what was sent still reaches the peer, even if this side has not read everything."""
-        try:
+        with contextlib.suppress(OSError):  # nothing more to read, or broken already: both fine at the end
             for _ in range(_DRAIN_READS):  # closing with unread data would reset the connection and lose what we sent
                 if not self._sock.recv(_READ):
                     break
-        except OSError:
-            pass  # nothing more to read now, or broken already: both fine at the end
         self._sock.close()
+        self._arriving = None
+        self._queue.clear()
+        self.landings.clear()
+
+    def _begin_frames(self, notes: list[Note]) -> None:
+        """Read at the beginning of a frame: all small ones that are there, up to the first that is not whole."""
+        data = self._sock.recv(_HEADER.size if self.landings and not self._rest else _READ)
+        if not data:
+            self.lost = f"rank {self.peer} closed its link"
+            return
+        data = self._rest + data
+        self._rest = b""
+        at, end = 0, len(data)
+        while end - at >= _HEADER.size:
+            length, channel, check = _HEADER.unpack_from(data, at)
+            start, stop = at + _HEADER.size, at + _HEADER.size + length
+            if length > MAX_NOTE:
+                self.lost = f"rank {self.peer} announced a note of {length} bytes, more than {MAX_NOTE}: garbage"
+                return
+            if stop > end and length <= CHECKED:
+                break  # its check needs all of it
+            if _check(length, channel, data[start:stop] if length <= CHECKED else b"") != check:
+                self.lost = f"a note from rank {self.peer} arrived damaged: its checksum does not fit"
+                return
+            if stop > end:
+                landing = self.landings.get(channel)
+                fits = landing is not None and len(landing) == length
+                self._arriving = _Arriving(channel, length, self.landings.pop(channel) if fits else None)
+                self._arriving.got = end - start
+                self._arriving.view[: end - start] = data[start:]
+                return
+            notes.append((channel, data[start:stop]))
+            self.landings.pop(channel, None)
+            at = stop
+        self._rest = data[at:]
+
+    def _go_on(self, note: _Arriving, notes: list[Note]) -> None:
+        count = self._sock.recv_into(note.view[note.got :])
+        if not count:
+            self.lost = f"rank {self.peer} closed its link in the middle of a note"
+            return
+        note.got += count
+        if note.got == len(note.view):
+            self._arriving = None
+            if note.own is not None:
+                self.landings.pop(note.channel, None)  # whoever wants it there gets this one, and copies it
+            notes.append((note.channel, LANDED if note.own is None else bytes(note.own)))
 
     def _push(self, header: bytes | memoryview, payload: bytes | memoryview) -> int:
+        if self._broken is not None:
+            raise TransportLost(self._broken, self.peer)
         try:
-            if len(payload) > _GATHER:
+            if len(payload) > CHECKED:
                 return self._sock.sendmsg((header, payload))
             return self._sock.send(bytes(header) + payload if payload else header)
         except BlockingIOError:
             return 0
         except OSError as error:
             self._broken = f"the link to rank {self.peer} failed: {error}"
-            self._raise_if_broken()
-            raise AssertionError("unreachable") from error
+            raise TransportLost(self._broken, self.peer) from None
 
-    def _raise_if_broken(self) -> None:
-        if self._broken is not None:
-            raise TransportLost(self._broken, self.peer)
+
+def _check(length: int, channel: int, payload: bytes | memoryview) -> int:
+    seed = (length * 0x9E3779B1 ^ channel) & 0xFFFFFFFF
+    return zlib.crc32(payload if length <= CHECKED else b"", seed)

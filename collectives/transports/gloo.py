@@ -18,11 +18,11 @@ from torch import Tensor
 
 from collectives.errors import RingholdError, TransportLost
 from collectives.transports.base import CHANNELS, Pending, Transport
-from collectives.transports.links import PeerLinks
+from collectives.transports.links import PeerLinks, Posted
 from collectives.transports.mesh import LinkListener
 from collectives.transports.store import LinkStore
 
-INLINE_LIMIT = 64 * 1024
+INLINE_LIMIT = 2**20
 _FOREVER = timedelta(days=30)
 """Waits end by `abort` alone; gloo needs a number."""
 _POISON_TAG = CHANNELS
@@ -135,6 +135,17 @@ class GlooTransport(Transport):
     def recv_note(self, peer: int, channel: int, timeout: float | None = None) -> bytes:
         """Receive a note; see `Transport.recv_note`."""
         return self._links.recv(peer, channel, timeout)
+
+    def post_note(self, peer: int, note: memoryview, channel: int) -> Pending:
+        """Post a note; see `Transport.post_note`."""
+        pending = self._links.post(peer, note, channel)
+        if isinstance(pending, Posted):  # while this thread waits in gloo, nobody else might move it
+            self._links.flush_behind(peer, pending.number)
+        return pending
+
+    def recv_note_into(self, peer: int, into: memoryview, channel: int) -> None:
+        """Receive a note into memory; see `Transport.recv_note_into`."""
+        self._links.recv_into(peer, channel, into)
 
     def abort(self) -> None:
         """Give the epoch up; see `Transport.abort`. What is blocked raises within tens of milliseconds."""

@@ -10,23 +10,25 @@ from datetime import timedelta
 
 from torch.distributed.distributed_c10d import Store
 
-from collectives.errors import OperationTimeout
-from collectives.transports.links import ANY_PEER, SHARED_CHANNELS, PeerLinks
+from collectives.transports.base import CHANNELS
+from collectives.transports.links import PeerLinks
 
-STORE_CHANNEL = SHARED_CHANNELS
+STORE_CHANNEL = CHANNELS
 _KEY = struct.Struct("<H")
 
 
 class LinkStore(Store):
     """Write-once keys shared by all members of an epoch. Used by one thread at a time; values are bytes.
 
-    `get` and `wait` raise OperationTimeout after `patience` seconds in all, counted from the construction, and
-    TransportLost as `PeerLinks.recv` does.
+    For gloo's way of meeting only: in each round every rank sets one key and then gets those of all others. `get` and
+    `wait` raise OperationTimeout after `patience` seconds in all, counted from the construction, and TransportLost as
+    `PeerLinks.recv` does.
     """
 
     def __init__(self, links: PeerLinks, patience: float) -> None:
         super().__init__()
         self._links = links
+        self._peers = [peer for peer in range(links.size) if peer != links.rank]
         self._deadline = time.monotonic() + patience
         self._values: dict[str, bytes] = {}
 
@@ -36,20 +38,17 @@ class LinkStore(Store):
         self._values[key] = data
         name = key.encode()
         note = _KEY.pack(len(name)) + name + data
-        for peer in range(self._links.size):
-            if peer != self._links.rank:
-                self._links.send(peer, note, STORE_CHANNEL)
+        for peer in self._peers:
+            self._links.send(peer, note, STORE_CHANNEL)
 
     def get(self, key: str) -> bytes:
-        """Return the value of `key`; wait for it if it is not there yet."""
+        """Return the value of `key`; if it is not there yet, wait for what every peer publishes next."""
         while key not in self._values:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise OperationTimeout(f"no peer published {key!r} in time while the transport was being built")
-            note = self._links.recv(ANY_PEER, STORE_CHANNEL, left)
-            (length,) = _KEY.unpack_from(note)
-            name = note[_KEY.size : _KEY.size + length].decode()
-            self._values[name] = note[_KEY.size + length :]
+            for peer in self._peers:
+                note = self._links.recv(peer, STORE_CHANNEL, max(0.0, self._deadline - time.monotonic()))
+                (length,) = _KEY.unpack_from(note)
+                name = note[_KEY.size : _KEY.size + length].decode()
+                self._values[name] = note[_KEY.size + length :]
         return self._values[key]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
