@@ -18,7 +18,14 @@ import torch
 
 from collectives.calls import Collectives
 from collectives.epochs import Epochs
-from collectives.errors import CoordinatorUnreachable, LaneMisuse, OperationTimeout, UsageError
+from collectives.errors import (
+    CoordinatorUnreachable,
+    CorruptChunk,
+    LaneMisuse,
+    MemberLost,
+    OperationTimeout,
+    UsageError,
+)
 from collectives.group import Alone, Group, Runner
 from collectives.lanes import Lane
 from collectives.membership.member import MAIN
@@ -44,6 +51,7 @@ class Communicator(Collectives):
         self._lanes: dict[str, Lane] = {}
         self._step: Step | None = None
         self._synced = False
+        self._astray = False
         self._observers: list[Callable[[Event], None]] = []
         self._closed = False
 
@@ -223,8 +231,13 @@ class Communicator(Collectives):
 
     def sync(self, state: dict[Any, Any]) -> SyncReport:
         """Bring `state` to the same bits on every member, those of the healed majority; see `collectives.sync.sync`."""
-        report = sync(self, state, voter=self.founder or self._synced, synced=self._synced)
-        self._synced = True
+        may_vote = (self.founder or self._synced) and not self._astray
+        try:
+            report = sync(self, state, voter=may_vote, synced=self._synced)
+        except CorruptChunk:
+            self._astray = True  # the state may be a mixture now
+            raise
+        self._synced, self._astray = True, False
         return report
 
     def step(self) -> Step:
@@ -235,6 +248,11 @@ class Communicator(Collectives):
     def resume(self, lane: str = MAIN) -> None:
         """Go on after a `MemberLost` of an operation with `on_loss="raise"`: the lane takes operations again."""
         self._lane(lane).resume()
+
+    def resume_all(self) -> None:
+        """`resume` every lane; the end of a step does."""
+        for lane in self._lanes.values():
+            lane.resume()
 
     # --- inside ---
 
@@ -250,7 +268,12 @@ class Communicator(Collectives):
         return self._lane(lane).view
 
     def _execute(self, operation: Operation) -> Outcome:
-        outcome = self._runner.execute(operation)
+        try:
+            outcome = self._runner.execute(operation)
+        except MemberLost as error:
+            if self._step is not None:
+                self._step.saw(error)
+            raise
         if self._step is not None:
             self._step.saw(outcome)
         return outcome
