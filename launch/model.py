@@ -94,19 +94,25 @@ class GPT(nn.Module):
 
 
 def build(shape: Shape, context: int, dtype: torch.dtype, generator: torch.Generator) -> GPT:
-    """Return a model initialised as GPT-2 is (Radford et al., 2019): the same generator state gives the same bits.
+    """Return an untrained model; the same generator state gives the same bits.
 
-    Matrices are normal with std 0.02, those that write to the residual stream 0.02/sqrt(2*layers); norms are one.
+    Matrices are normal with std 0.02, those that write to the residual stream 0.02/sqrt(2*layers), as in GPT-2 (Radford
+    et al., 2019). The embedding's rows have unit length on average, much more than positions add or a few steps move:
+    in GPT-2 both start at std 0.02, so that some byte at some place sums to almost nothing, and the norm that follows
+    blows its gradient up. Rounding then grows a thousandfold in a single step, and with it all that tells one division
+    of the batch from another. The last norm starts at 0.5 to keep the first predictions, by such rows, modest.
     """
     # torch's modules draw values, which are replaced below, from the global generator: that belongs to the caller.
     with torch.random.fork_rng(devices=[]):
         model = GPT(shape, context, dtype)
+    into_residual = 0.02 / math.sqrt(2 * shape.layers)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            nn.init.ones_(parameter)
+            nn.init.constant_(parameter, 0.5 if name == "norm.weight" else 1.0)
+        elif name == "tokens":
+            nn.init.normal_(parameter, std=shape.width**-0.5, generator=generator)
         else:
-            into_residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-            std = 0.02 / math.sqrt(2 * shape.layers) if into_residual else 0.02
+            std = into_residual if name.endswith(("attention_out.weight", "mlp_out.weight")) else 0.02
             nn.init.normal_(parameter, std=std, generator=generator)
     return model
 
