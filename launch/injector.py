@@ -12,8 +12,11 @@ from launch.record import FaultRecord, PeerRecord
 if TYPE_CHECKING:
     from launch.supervisor import Supervisor
 
+_RETURN_GRACE = 2.0
+"""Seconds that a peer on its way in gets to reach the coordinator, before the last step begins without it."""
 _STOPPED_LONGER = 1.5
 """A stopped peer sleeps for the heartbeat timeout plus this many seconds, so that it wakes evicted."""
+_RETURNING = frozenset({"stop", "join", "coordinator"})
 
 
 class Injector:
@@ -24,6 +27,8 @@ class Injector:
         self._supervisor = supervisor
         self._pending = deque(self.faults)
         self._coordinator_fault: FaultRecord | None = None
+        self._on_its_way: dict[int, float] = {}
+        """By fault: until when its peer may need to reach the coordinator."""
         self.opened = 0
         """Peers need not wait at gates up to this step."""
 
@@ -37,11 +42,14 @@ class Injector:
 
     @property
     def gates(self) -> list[int]:
-        """The steps at which peers wait for `go`, so that a fault strikes at its very step.
+        """Steps at which peers wait for `go`: those of faults, so that these strike at their very step, and the last.
 
         None under a launcher, where no supervisor speaks to all peers.
         """
-        return sorted({fault.planned.step for fault in self.faults}) if self._supervisor.spec.others is None else []
+        spec = self._supervisor.spec
+        if spec.others is not None or not self.faults:
+            return []
+        return sorted({*(fault.planned.step for fault in self.faults), max(spec.steps - 1, 1)})
 
     def strike(self) -> None:
         """Inject every fault whose time has come, let peers that wait at a gate go on, warm up the next newcomer."""
@@ -56,7 +64,8 @@ class Injector:
     def _open_gates(self) -> None:
         """Hold the peers while what keeps a fault from striking passes by itself; anything else may need them to go on.
 
-        A newcomer warms up by itself, and a member of the step that was just reported will report it too.
+        A newcomer warms up by itself, and a member of the step that was just reported will report it too. Before the
+        last step, who is on its way back gets the time to be let in.
         """
         supervisor = self._supervisor
         if self._is_due():
@@ -64,12 +73,20 @@ class Injector:
             victim = supervisor.living(planned.slot) if planned.slot is not None else None
             if planned.kind == "join" or (victim is not None and victim.state == "joining" and victim.members):
                 return
+        if supervisor.step >= supervisor.spec.steps - 1 and self._somebody_returns():
+            return
         passed = [gate for gate in self.gates if self.opened < gate <= supervisor.step]
         if passed:
             self.opened = passed[-1]
             for life in supervisor.lives.values():
                 if life.state not in {"spare", "warm", "ended"}:
                     supervisor.children[life.name].send({"do": "go", "step": self.opened})
+
+    def _somebody_returns(self) -> bool:
+        """Whether a fault is under way that ends with somebody's return, who can be expected at the door any moment."""
+        now = time.time()
+        back = (f for f in self.faults if f.injected is not None and f.ended is None and f.planned.kind in _RETURNING)
+        return any(self._on_its_way.get(fault.planned.index, now + 1) > now for fault in back)
 
     def peer_says(self, life: PeerRecord, kind: str, body: dict[str, Any]) -> None:
         """Take note of what a peer's message means for the faults aimed at it."""
@@ -83,6 +100,8 @@ class Injector:
                 case "leave", "left":
                     fault.fired = fault.ended = body["time"]
                     life.planned_end = "leave"
+                case "stop", "evicted":
+                    self._on_its_way[fault.planned.index] = time.time() + _RETURN_GRACE
                 case "stop", "joined" if fault.fired is not None and fault.ended is None:
                     fault.ended = body["time"]
                 case "join", "joined" if fault.fired is None:
@@ -137,6 +156,7 @@ class Injector:
             assert spare is not None
             fault.peer = spare.name
             supervisor.release(spare)
+            self._on_its_way[planned.index] = time.time() + _RETURN_GRACE
         else:
             assert planned.slot is not None
             life = supervisor.living(planned.slot)
@@ -163,6 +183,7 @@ class Injector:
         fault.detail = f"woken after {time.time() - (fault.fired or 0):.1f} s"
         if life.state == "stopped":
             life.state = "returning"
+            self._on_its_way[fault.planned.index] = time.time() + _RETURN_GRACE
             self._supervisor.children[life.name].signal(signal.SIGCONT)
             self._supervisor.note("woken", peer=life.name, fault=fault.planned.index)
 

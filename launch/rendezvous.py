@@ -27,8 +27,10 @@ def runtime_folder(environ: Mapping[str, str]) -> Path:
         UsageError: it belongs to another user, is a link, or others may enter it.
 
     """
-    base = environ.get("XDG_RUNTIME_DIR")
-    folder = Path(base) / "ringhold" if base else Path(tempfile.gettempdir()) / f"ringhold-{os.getuid()}"
+    base = environ.get("XDG_RUNTIME_DIR", "")
+    # The variable is often inherited into containers where the folder does not exist.
+    own = Path(base) / "ringhold" if base and Path(base).is_dir() else None
+    folder = own or Path(tempfile.gettempdir()) / f"ringhold-{os.getuid()}"
     return private_folder(folder)
 
 
@@ -69,6 +71,14 @@ def start_time(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what launches left that were killed: no token shall lie about for ever."""
+    for path in folder.glob("launch-*-*-*"):
+        pid, started = path.name.split("-")[1:3]
+        if start_time(int(pid)) != int(started):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class Rendezvous:
     """The folder in which the supervisors of one launch meet. Every method may be called by any of them."""
 
@@ -85,6 +95,8 @@ class Rendezvous:
 
         """
         parent = os.getppid() if parent is None else parent
+        if launcher.rank == 0:
+            _sweep(runtime_folder(environ))
         name = f"launch-{parent}-{start_time(parent)}-{launcher.attempt}"
         return cls(private_folder(runtime_folder(environ) / name), launcher.rank)
 

@@ -7,6 +7,7 @@ and meets the supervisors of the others in `launch.rendezvous`, where rank 0 jud
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from launch.supervisor import Spec, Supervisor
 _MEETING_TIMEOUT = 60.0
 """Seconds that supervisors of one launch wait for rank 0's coordinator."""
 _RECORD_TIMEOUT = 30.0
+"""Seconds that rank 0 waits for the others' records once its own part is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,9 @@ def perform(request: Request, launcher: Launcher | None) -> Outcome:
 
 def await_verdict(outcome: Outcome, timeout: float) -> int | None:
     """Other ranks on one host: return the exit code that rank 0 found; None where this process has to judge itself."""
-    return None if outcome.rank == 0 or outcome.meeting is None else outcome.meeting.verdict(timeout)
+    if outcome.rank == 0 or outcome.meeting is None:
+        return None
+    return 128 + outcome.record.signal if outcome.record.signal else outcome.meeting.verdict(timeout)
 
 
 class _Party:
@@ -127,9 +131,10 @@ def _meet(request: Request, launcher: Launcher) -> Outcome:
             tell(request.coordinator)
         spec = _spec(request, token, slots=(0,), hosting=hosting, others=party)
         record = _supervise(spec, request, meeting, tell if hosting else None)
-        if not record.signal:
+        if not record.signal and record.coordinator_error is None:
+            deadline = time.monotonic() + _RECORD_TIMEOUT
             for rank in range(1, launcher.size):
-                record.merge(_record_of(meeting, rank))
+                record.merge(_record_of(meeting, rank, deadline - time.monotonic()))
         return Outcome(record, 0, meeting)
     facts = meeting.wait(_MEETING_TIMEOUT)
     token = meeting.token_file.read_text()
@@ -147,9 +152,9 @@ def _at(request: Request, facts: dict[str, Any]) -> Request:
     )
 
 
-def _record_of(meeting: Rendezvous, rank: int) -> RunRecord:
+def _record_of(meeting: Rendezvous, rank: int, timeout: float) -> RunRecord:
     try:
-        return RunRecord.from_json(meeting.record_of(rank, _RECORD_TIMEOUT))
+        return RunRecord.from_json(meeting.record_of(rank, timeout))
     except CoordinatorUnreachable as error:
         return RunRecord(timeout=str(error))
 
@@ -203,6 +208,7 @@ def _spec(request: Request, token: str, *, slots: tuple[int, ...], hosting: bool
         },
         coordinator=[*here, "launch.coordinator", "--run", request.run, "--journal", journal] if hosting else None,
         address=request.coordinator or f"{options.listen}:0",
+        steps=request.config.steps,
         faults=tuple(fault for fault in request.faults if others is None or _ours(fault, slots, hosting)),
         heartbeat_timeout=options.heartbeat_timeout,
         restart=request.restart,

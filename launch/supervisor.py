@@ -54,6 +54,8 @@ class Spec:
     """Command of the coordinator, `--listen ADDRESS` (and `--new` the first time) is appended; None: not ours."""
     address: str
     """HOST:PORT of the coordinator; port 0 where it is ours and any will do."""
+    steps: int
+    """Steps of the run."""
     faults: tuple[Planned, ...] = ()
     heartbeat_timeout: float = 2.0
     restart: bool = False

@@ -23,7 +23,12 @@ class Check:
 
 
 def judge(record: RunRecord) -> list[Check]:
-    """Return the checks of the run itself: it ended, its peers did as planned, its faults struck, the states agree."""
+    """Return the checks of the run itself: it ended, its peers did as planned, its faults struck, the states agree.
+
+    Of a run that was broken off there is nothing more to say than that.
+    """
+    if record.signal or record.coordinator_error is not None:
+        return [_ended(record)]
     return [_ended(record), _peers(record), _faults(record.faults), _agreement(record.peers)]
 
 

@@ -135,6 +135,22 @@ def test_launches_do_not_meet_each_other(tmp_path: Path) -> None:
     assert len(folders) == 3
 
 
+def test_what_killed_launches_left_is_swept(tmp_path: Path) -> None:
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    other = Rendezvous.of_launcher(Launcher("torchrun", 1, 2, 1, 2), environ, parent=os.getpid())
+    left = runtime_folder(environ) / f"launch-{os.getpid()}-1-0"
+    left.mkdir()
+    (left / "token").write_text("secret")
+    first = Rendezvous.of_launcher(Launcher("torchrun", 0, 2, 0, 2), environ)
+    assert not left.exists()
+    assert first.folder.exists()
+    assert other.folder.exists()
+
+
+def test_a_runtime_folder_that_is_not_there_is_not_used() -> None:
+    assert runtime_folder({"XDG_RUNTIME_DIR": "/nowhere/at/all"}) == runtime_folder({})
+
+
 def test_a_missing_rank_0_is_a_clear_error(tmp_path: Path) -> None:
     rendezvous = Rendezvous.of_launcher(Launcher("openmpi", 1, 2, 1, 2), {"XDG_RUNTIME_DIR": str(tmp_path)})
     with pytest.raises(CoordinatorUnreachable, match="RINGHOLD_COORDINATOR"):

@@ -30,11 +30,12 @@ def spec(
     values: dict[str, Any] = {
         "slots": tuple(range(peers)),
         "out": tmp_path,
-        "environ": dict(os.environ),
+        "environ": {**os.environ, "TOY_MEETING": str(tmp_path / "meeting"), "TOY_FOUNDERS": str(peers)},
         "peer": [sys.executable, TOY, "peer", str(steps), str(pause), *toy],
         "start": {"config": {}},
         "coordinator": [sys.executable, TOY, "coordinator"],
         "address": "127.0.0.1:0",
+        "steps": steps,
         "faults": planned,
         "heartbeat_timeout": 0.1,
         "timeout": 20.0,
@@ -109,6 +110,12 @@ def test_faults_strike_at_their_very_step(tmp_path: Path) -> None:
     assert steps["peer-2"] == 20
 
 
+def test_the_last_step_waits_for_who_returns(tmp_path: Path) -> None:
+    """Fast steps leave a stopped peer no time to come back; the others hold before the last one."""
+    record, _ = run(spec(tmp_path, peers=2, steps=6, pause=0.01, churn="stop@2:1,coordinator@3"))
+    assert all(fault.ended is not None for fault in record.faults)
+
+
 def test_the_last_worker_is_never_taken(tmp_path: Path) -> None:
     """The plan lets a kill follow a stop; on the spot it waits until the stopped peer works again."""
     record, _ = run(spec(tmp_path, peers=2, steps=80, churn="stop@2:0,kill@3:1"))
@@ -176,7 +183,7 @@ def test_a_killed_peer_of_a_launch_is_brought_back(tmp_path: Path) -> None:
     faults = tuple(f for f in plan(parse("kill@3,join@30"), 2, 60, 1, points=("staged",), revive=True))
     slot = faults[0].slot
     assert slot is not None
-    record, _ = run(spec(tmp_path, slots=(slot,), faults=faults, others=Others(), steps=20))
+    record, _ = run(spec(tmp_path, peers=1, slots=(slot,), faults=faults, others=Others(), steps=20))
     assert [(peer.name, peer.code) for peer in record.peers] == [(f"peer-{slot}", -9), (f"peer-{slot}.1", 0)]
 
 
@@ -187,9 +194,10 @@ from launch.supervisor import Spec, Supervisor
 out, toy, misdeed = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def tell(entry):
     print(json.dumps(entry), flush=True)
-record = Supervisor(Spec(slots=(0, 1), out=out, environ=dict(os.environ),
+record = Supervisor(Spec(slots=(0, 1), out=out,
+    environ={**os.environ, "TOY_MEETING": str(out / "meeting"), "TOY_FOUNDERS": "2"},
     peer=[sys.executable, toy, "peer", "9999", "0.05", misdeed], start={},
-    coordinator=[sys.executable, toy, "coordinator"], address="127.0.0.1:0"), tell).run()
+    coordinator=[sys.executable, toy, "coordinator"], address="127.0.0.1:0", steps=9999), tell).run()
 sys.exit(128 + record.signal)
 """
 

@@ -156,7 +156,7 @@ def test_torchrun_starts_supervisors_that_outlive_their_peers(tmp_path: Path) ->
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     out = tmp_path / "run"
     churn = "kill@2:0,join@16"
-    arguments = ("--steps", "36", "--pace", "0.2", "--churn", churn, "--json")
+    arguments = ("--steps", "50", "--pace", "0.2", "--churn", churn, "--json")
     code, text, err = finish(start(out, *arguments, launcher=torchrun))
     assert code == 0, text + err
     (line,) = text.splitlines()  # rank 0 alone speaks

@@ -8,9 +8,19 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from launch.child import Link
+
+
+def meet() -> None:
+    """Wait for the other founders, as a group of peers does."""
+    folder, count = Path(os.environ["TOY_MEETING"]), int(os.environ["TOY_FOUNDERS"])
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < count:
+        time.sleep(0.01)
 
 
 def peer(steps: int, pause: float, misdeed: str) -> int:
@@ -35,6 +45,7 @@ def peer(steps: int, pause: float, misdeed: str) -> int:
     link.listen(on_command)
     link.report("ready")
     started.wait()
+    meet()
     member = os.getpid()
     link.report("joined", member=member, epoch=1, size=1)
     print("the toy began", flush=True)
