@@ -5,6 +5,7 @@ actions go out as a list whose order matters: a `Persist` is durable before anyt
 `server.py` drives it with sockets, a clock and the journal; the simulation in the tests with none of them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ from collectives.membership.protocol import (
     Waiting,
     Welcome,
 )
-from collectives.membership.stalls import judge_stall, link_to_evict
+from collectives.membership.stalls import judge_stall, link_to_evict, silent_links, under_way
 from collectives.options import Options
 
 Connection = int
@@ -85,6 +86,8 @@ class Peer:
     info: MemberInfo
     connection: Connection | None
     heard: float
+    beaten: float = -math.inf
+    """When its last heartbeat came, whose `lanes` these are."""
     lanes: list[LaneStatus] = field(default_factory=list)
 
 
@@ -126,12 +129,14 @@ class Coordinator:
         self._verdicts: dict[tuple[str, int], Verdict] = {}
         self._broken: dict[tuple[int, int], float] = {}
         self._repaired: dict[frozenset[int], int] = {}
+        self._stalls: dict[tuple[str, int], tuple[int, float]] = {}
         self._left: set[int] = set()
         self._transports: dict[int, str] = {}
         self._connections: dict[Connection, int] = {}
         self._announced_waiting = 0
         self._ticked = now
         self._grace = now
+        self._heard = now
         self._restore(records, now)
 
     # --- views ---
@@ -172,12 +177,13 @@ class Coordinator:
 
     def on_message(self, connection: Connection, message: FromPeer, now: float) -> list[Action]:
         """Handle one message of an authenticated connection."""
+        if isinstance(message, Inspect):
+            return [Send(connection, self.status(now))]
+        self._heard = now
         if isinstance(message, Join):
             return self._join(connection, message, now)
         if isinstance(message, Resume):
             return self._resume(connection, message, now)
-        if isinstance(message, Inspect):
-            return [Send(connection, self.status(now))]
         member = self._connections.get(connection)
         if member is None:
             return [Send(connection, Refused("say Join or Resume first")), Close(connection)]
@@ -185,7 +191,7 @@ class Coordinator:
         peer.heard = now
         match message:
             case Beat():
-                peer.lanes = message.lanes
+                peer.lanes, peer.beaten = message.lanes, now
                 return [Send(connection, Alive())]
             case Report():
                 return self._reported(member, message)
@@ -196,7 +202,7 @@ class Coordinator:
             case Differs():
                 return self._differs(member, message)
             case Stalled():
-                return self._stalled(member, message)
+                return self._stalled(member, message, now)
             case Leave():
                 self._left.add(member)
                 bye = Evict("left", f"member {member} left: {message.reason}")
@@ -221,21 +227,25 @@ class Coordinator:
         self._notice_gap(now)
         self._ticked = now
         limit = self.options.heartbeat_timeout
+        if now - self._heard > limit / 2:
+            # Everybody is silent at once: more likely our own network than all of them. Nobody is evicted. Their last
+            # beats were up to a heartbeat apart, so it must be seen before the first of them has used up its time.
+            self._wait_for_all(now)
         silent = [m for m, peer in self.peers.items() if now - peer.heard > limit]
-        if len(silent) == len(self.peers):
-            # Everybody at once: more likely our own network than all of them. Nobody is evicted.
-            for peer in self.peers.values():
-                peer.heard = now
-            silent = []
         actions = self._lose(silent, f"silent for more than {limit:g} s") if silent else []
-        return actions + self._mend_links(now)
+        return actions + self._judge_stalls(now) + self._mend_links(now)
 
     def _notice_gap(self, now: float) -> None:
-        """Rule R12: after a gap in our own loop the silence is ours, not theirs; everybody gets a whole timeout."""
+        """Rule R12: after a gap in our own loop the silence is ours, not theirs."""
         if now - self._ticked > self.options.heartbeat_timeout / 2:
-            self._ticked, self._grace = now, now + self.options.heartbeat_timeout
-            for peer in self.peers.values():
-                peer.heard = now
+            self._ticked = now
+            self._wait_for_all(now)
+
+    def _wait_for_all(self, now: float) -> None:
+        """Give everybody a whole timeout, in which a connection may also close and come back: they gave us up."""
+        self._grace = now + self.options.heartbeat_timeout
+        for peer in self.peers.values():
+            peer.heard = now
 
     # --- joining ---
 
@@ -382,6 +392,7 @@ class Coordinator:
         self._safe.clear()
         self._verdicts.clear()
         self._broken.clear()
+        self._stalls.clear()
         self._left.clear()
         self._announced_waiting = 0
 
@@ -481,22 +492,42 @@ class Coordinator:
             return self._begin()
         return self._lose([victim], f"its links to {sorted(again[0] - {victim})} failed twice")
 
-    def _stalled(self, member: int, message: Stalled) -> list[Action]:
-        if self.decision is None or message.epoch != self.decision.epoch or self.change:
+    def _stalled(self, member: int, message: Stalled, now: float) -> list[Action]:
+        """Take note; who is at fault is seen from heartbeats that everybody sends after this."""
+        if self.decision is not None and message.epoch == self.decision.epoch and member in self.members:
+            self._stalls.setdefault((message.lane, message.seq), (member, now))
+        return []
+
+    def _judge_stalls(self, now: float) -> list[Action]:
+        """Rule R11: whoever is absent is evicted, waits that cross end with an error, else a link is dead."""
+        if self.change or not self._stalls:
             return []
-        lanes = {m: {s.lane: s for s in self.peers[m].lanes} for m in self.members}
-        absent, crossed = judge_stall(lanes, message.lane, message.seq)
+        oldest = min(self.peers[m].beaten for m in self.members)
+        for (lane, seq), (member, since) in list(self._stalls.items()):
+            if oldest <= since:
+                continue
+            del self._stalls[lane, seq]
+            rows = {m: {s.lane: s for s in self.peers[m].lanes} for m in self.members}
+            if member in rows and lane in rows[member] and under_way(rows[member][lane], seq):
+                return self._judge_stall(rows, lane, seq, member, now)
+        return []
+
+    def _judge_stall(
+        self, rows: dict[int, dict[str, LaneStatus]], lane: str, seq: int, member: int, now: float
+    ) -> list[Action]:
+        absent, crossed = judge_stall(rows, lane, seq)
         if crossed:
-            for lane, seq in crossed:
+            for name, number in crossed:
                 text = f"operations {crossed} (lane, number) wait for each other on different members"
-                self._verdicts.setdefault((lane, seq), Verdict(lane, seq, "crossed", text))
+                self._verdicts.setdefault((name, number), Verdict(name, number, "crossed", text))
             return self._begin()
         if absent:
-            late = f"absent from operation {message.seq} of lane {message.lane!r} for {self.options.op_timeout:g} s"
+            late = f"absent from operation {seq} of lane {lane!r} for {self.options.op_timeout:g} s"
             return self._lose(absent, late)
         # Everybody is in it and it does not move: some link is dead without a sound.
-        self._broken.setdefault((member, member), self._ticked - self.options.heartbeat)
-        return self._mend_links(self._ticked)
+        for link in silent_links(rows, lane, seq) or [(member, member)]:
+            self._broken.setdefault(link, now - self.options.heartbeat)
+        return []
 
     def _tell_waiting(self) -> list[Action]:
         waiting = len(self.waiting)

@@ -42,3 +42,18 @@ def judge_stall(
     if crossed:
         return [], sorted({*crossed, (lane, seq)})
     return sorted(absent), []
+
+
+def under_way(row: LaneStatus, seq: int) -> bool:
+    """Whether a lane is in the middle of operation `seq`."""
+    return row.seq == seq and row.phase != "idle"
+
+
+def silent_links(lanes: Mapping[int, Mapping[str, LaneStatus]], lane: str, seq: int) -> list[tuple[int, int]]:
+    """Return the links (who waits, for whom) that an operation waits on though everybody has entered it."""
+    rows = {member: rows[lane] for member, rows in lanes.items() if lane in rows}
+    return [
+        (member, row.waiting_for)
+        for member, row in rows.items()
+        if under_way(row, seq) and row.waiting_for in lanes and row.waiting_for != member
+    ]
