@@ -24,7 +24,7 @@ class Lane:
         self.view = view()
         self._execute = execute
         self._newest_view = view
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._user: int | None = None
         self._pending = 0
         self._halted: MemberLost | None = None
@@ -59,8 +59,11 @@ class Lane:
         return self._enqueue(operation)
 
     def resume(self) -> None:
-        """Take note of a loss: operations run again after an `on_loss="raise"`."""
-        self._halted = None
+        """After an `on_loss="raise"`, let the lane take operations again; what is queued is refused first."""
+        with self._lock:
+            if self._halted is not None:
+                self._lock.wait_for(lambda: self._pending == 0)
+                self._halted = None
         self.refresh()
 
     def refresh(self) -> None:
@@ -87,6 +90,7 @@ class Lane:
     def _end(self) -> None:
         with self._lock:
             self._pending -= 1
+            self._lock.notify_all()
 
     def _run(self, operation: Operation) -> Outcome:
         if self._halted is not None:
@@ -113,7 +117,7 @@ class Lane:
             error: BaseException | None = None
             try:
                 outcome = self._run(operation)
-            except Exception as failure:
+            except BaseException as failure:  # whatever it is, whoever waits must not wait for ever
                 error = failure
             self._end()
             work.settle(outcome, error)

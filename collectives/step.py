@@ -21,8 +21,8 @@ class Step:
             optimizer.step()
         # else restore what was changed and repeat the step: a member was lost in it
 
-    Without it, buckets of one gradient could be summed over different members. A `MemberLost` inside counts as a loss
-    and is not raised further.
+    Without it, buckets of one gradient could be summed over different members. A `MemberLost` inside counts as a loss,
+    caught or not, and is not raised further; at the end the lanes that it halted take operations again.
     """
 
     def __init__(self, comm: "Communicator") -> None:
@@ -32,9 +32,9 @@ class Step:
         self.committed = False
         """After the context: the same on every member."""
 
-    def saw(self, outcome: Outcome) -> None:
-        """Take note of an operation inside the step; the communicator calls it."""
-        if outcome.contributors != self._members:
+    def saw(self, end: Outcome | MemberLost) -> None:
+        """Take note of how an operation inside the step ended; the communicator calls it."""
+        if isinstance(end, MemberLost) or end.contributors != self._members:
             self._lost = True
 
     def __enter__(self) -> Self:
@@ -45,7 +45,10 @@ class Step:
     ) -> bool:
         if error is not None and not isinstance(error, MemberLost):
             return False
-        flag = torch.tensor([self._lost or error is not None], dtype=torch.int32)
+        lost = self._lost or error is not None
+        if lost:
+            self._comm.resume_all()
+        flag = torch.tensor([lost], dtype=torch.int32)
         # Lost in this very operation means after all others were complete: the step counts.
         self._comm.all_reduce(flag, "max")
         self.committed = not flag.item()
