@@ -5,6 +5,7 @@ because that import takes longer than most tests.
 """
 
 import contextlib
+import hashlib
 import importlib
 import os
 import signal
@@ -13,14 +14,16 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 KEY = b"k" * 32
 PATIENCE = 30.0
+KINDS = {"gloo": "GlooTransport", "sockets": "SocketTransport"}
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Crew:
         self.epoch = 0
 
     def start(self, who: int, job: str, /, **given: Any) -> None:
-        """Start a job in one process; fetch its reply with `reply`, or it is a `!job` that has none."""
+        """Start a job in one process; fetch its reply with `reply`, unless it is one of the `!jobs`, that have none."""
         self._connections[who].send((job, given))
 
     def reply(self, rank: int, timeout: float = PATIENCE) -> Reply:
@@ -66,16 +69,16 @@ class Crew:
             assert not reply.error, f"{reply.error}: {reply.message}"
         return [reply.value for reply in replies]
 
-    def connect(self, world: int) -> None:
+    def connect(self, world: int, kind: str) -> None:
         """Give the first `world` processes a transport of a new epoch."""
         self.epoch += 1
         for rank in range(world):
-            self.start(rank, "connect", rank=rank, addresses=self.addresses[:world], epoch=self.epoch)
+            self.start(rank, "connect", kind=kind, rank=rank, addresses=self.addresses[:world], epoch=self.epoch)
         for rank in range(world):
             reply = self.reply(rank)
             assert not reply.error, reply.message
 
-    def kill(self, rank: int, signum: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, rank: int, signum: signal.Signals) -> None:
         """Send a signal to one of the processes."""
         os.kill(self.pids[rank], signum)
 
@@ -100,16 +103,17 @@ def crew_of(size: int) -> Iterator[Crew]:
         crew.close()
 
 
-@dataclass
 class _Hand:
-    """One process: takes jobs, one at a time in a thread of its own; jobs named `!...` are done at once."""
+    """One process: takes jobs, each in a thread of its own; those named `!...` are done at once."""
 
-    connection: Connection
-    listener: Any
-    transport: Any = None
-    pool: Any = None
-    engine: Any = None
-    threads: list[threading.Thread] = field(default_factory=list)
+    def __init__(self, connection: Connection) -> None:
+        from collectives.staging import StagingPool
+        from collectives.transports.mesh import LinkListener
+
+        self.connection = connection
+        self.listener = LinkListener()
+        self.transport: Any = None
+        self.pool = StagingPool()
 
     def serve(self) -> None:
         while True:
@@ -136,12 +140,13 @@ class _Hand:
         reply.seconds = time.perf_counter() - begun
         self.connection.send(vars(reply))  # plain: this module has another name in the tests
 
-    def do_connect(self, rank: int, addresses: list[tuple[str, int]], epoch: int, timeout: float = 20.0) -> None:
-        from collectives.transports.gloo import GlooTransport
-
+    def do_connect(
+        self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, timeout: float = 20.0
+    ) -> None:
         if self.transport is not None:
             self.transport.close()
-        self.transport = GlooTransport(self.listener, rank, addresses, KEY, epoch, b"nonce")
+        made = getattr(importlib.import_module(f"collectives.transports.{kind}"), KINDS[kind])
+        self.transport = made(self.listener, rank, addresses, KEY, epoch, b"nonce")
         self.transport.connect(timeout)
 
     def do_abort(self) -> None:
@@ -150,37 +155,45 @@ class _Hand:
     def do_close(self) -> None:
         self.transport.close()
 
-    def do_receive(self, peer: int, count: int) -> list[float]:
+    def do_send(self, peer: int, sizes: list[int], dtype: str) -> None:
+        """Send tensors of these sizes, all posted at once; their values name rank and position."""
         import torch
 
-        into = torch.zeros(count)
-        self.transport.recv(peer, into, 1).wait()
-        return into.tolist()  # type: ignore[no-any-return]
+        tensors = [
+            torch.full((size,), self.transport.rank * 10 + i, dtype=getattr(torch, dtype))
+            for i, size in enumerate(sizes)
+        ]
+        for pending in [self.transport.send(peer, tensor, 1) for tensor in tensors]:
+            pending.wait()
 
-    def do_send(self, peer: int, values: list[float]) -> None:
+    def do_receive(self, peer: int, sizes: list[int], dtype: str) -> list[bool]:
+        """Receive what `do_send` sends; whether each is right."""
         import torch
 
-        self.transport.send(peer, torch.tensor(values), 1).wait()
+        tensors = [torch.zeros(size, dtype=getattr(torch, dtype)) for size in sizes]
+        for pending in [self.transport.recv(peer, tensor, 1) for tensor in tensors]:
+            pending.wait()
+        return [bool(tensor.eq(peer * 10 + i).all()) for i, tensor in enumerate(tensors)]
 
-    def do_note(self, peer: int, timeout: float | None = None) -> bytes:
-        return self.transport.recv_note(peer, 1, timeout)  # type: ignore[no-any-return]
+    def do_note(self, peer: int) -> bytes:
+        note = self.transport.recv_note(peer, 1)
+        assert isinstance(note, bytes)
+        return note
 
-    def do_send_note(self, peer: int, note: bytes) -> None:
-        self.transport.send_note(peer, note, 1)
+    def do_usage(self) -> tuple[int, int, int]:
+        """Threads, descriptors, and resident KiB of this process."""
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+        return len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir())), resident
 
-    def do_usage(self) -> tuple[int, int]:
-        """How many threads and descriptors this process has."""
-        return len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
-
-    def do_rebuild(self, times: int, rank: int, addresses: list[tuple[str, int]], epoch: int, size: int) -> None:
+    def do_rebuild(self, kind: str, times: int, rank: int, addresses: list[tuple[str, int]], epoch: int) -> None:
         """Build and close transports; every other one after an exchange, every third with a receive in flight."""
         import torch
 
         from collectives.errors import TransportLost
 
-        world = len(addresses)
+        world, size = len(addresses), 50_000
         for number in range(times):
-            self.do_connect(rank, addresses, epoch + number)
+            self.do_connect(kind, rank, addresses, epoch + number)
             if number % 2:
                 data, into = torch.full((size,), float(rank)), torch.empty(size)
                 receive = self.transport.recv((rank - 1) % world, into, 2)
@@ -197,44 +210,82 @@ class _Hand:
                 raise AssertionError("an aborted receive returned")
         self.transport.close()
 
-    def do_collective(self, case: dict[str, Any]) -> tuple[list[Any], list[str]]:
-        """Run a schedule; the values of the result where wanted, and the probe points that were passed."""
+    def do_quarantine(self, peer: int) -> tuple[bool, bool]:
+        """Whether memory in flight is kept after the abort, and let go after the close, though the pending is kept."""
+        import torch
+
+        into = torch.empty(300_000)
+        gone = weakref.ref(into.untyped_storage())
+        pending = self.transport.recv(peer, into, 3)
+        del into
+        self.transport.abort()
+        kept = gone() is not None
+        self.transport.close()
+        del pending
+        return kept, gone() is None
+
+    def do_blocked(self, case: dict[str, Any]) -> None:
+        """Run collectives until the transport gives up."""
+        while True:
+            self.do_collective(case)
+
+    def do_collective(self, case: dict[str, Any]) -> tuple[str, list[str]]:
+        """Run a schedule; the digest of the result where it is wanted, and the probe points that were passed."""
         import torch
 
         from collectives.engine import Engine
         from collectives.reduction import ReduceOp
-        from collectives.staging import StagingPool
 
         module = importlib.import_module(f"collectives.algorithms.{case['algorithm']}")
         rank, world, count = self.transport.rank, self.transport.size, case["count"]
         schedule = getattr(module, case["kind"])(world, count, **case.get("arguments", {}))
         dtype = getattr(torch, case["dtype"])
-        wide = torch.float32 if case["kind"] in ("all_reduce", "reduce_scatter") and dtype.itemsize == 2 else dtype
-        if self.pool is None:
-            self.pool = StagingPool()
-        engine = Engine(self.pool, case.get("segment", 2**20), case.get("window", 4))
-        whole = values_of(rank, count, dtype)
+        reduces = case["kind"] in ("all_reduce", "reduce_scatter")
+        staging = self.pool.take(count, torch.float32 if reduces and dtype.itemsize == 2 else dtype)
+        staging.fill_(77)
+        whole = odd_values(rank, count) if case.get("odd") else values_of(rank, count, dtype)
         source = torch.cat([whole[start:stop] for start, stop in schedule.held(rank)] or [whole[:0]])
         before = source.clone()
-        staging = self.pool.take(count, wide)
-        staging.fill_(77)
         points: list[str] = []
-        kernels = {"finish": lambda piece: piece.mul_(3)}
-        for channel in case.get("channels", (5,)):
-            engine.run(
-                schedule,
-                self.transport,
-                channel,
-                source,
-                staging,
-                ReduceOp(case.get("op", "sum")),
-                kernels,
-                points.append,
-                case.get("lift", True),
-            )
-        assert torch.equal(source, before), "the caller's tensor was written"
-        result = [staging[start:stop].to(torch.float64) for start, stop in schedule.wanted(rank)]
-        return torch.cat(result or [staging[:0]]).tolist(), points
+        Engine(self.pool, case.get("segment", 2**20), case.get("window", 4), case.get("note", 2**19)).run(
+            schedule,
+            self.transport,
+            case.get("channel", 5),
+            source,
+            staging,
+            ReduceOp(case.get("op", "sum")),
+            {"finish": lambda piece: piece.mul_(3)},
+            points.append,
+            case.get("lift", True),
+        )
+        assert torch.equal(source.view(torch.uint8), before.view(torch.uint8)), "the caller's tensor was written"
+        parts = [staging[start:stop] for start, stop in schedule.wanted(rank)]
+        return digest(torch.cat(parts or [staging[:0]]), bits=case.get("odd", False)), points
+
+    def do_barrier(self) -> None:
+        """Run the barrier's schedule, which moves nothing."""
+        import torch
+
+        from collectives.algorithms.dissemination import barrier
+        from collectives.engine import Engine
+
+        nothing = torch.empty(0)
+        Engine(self.pool).run(barrier(self.transport.size), self.transport, 5, nothing, nothing)
+
+    def do_lanes(self, case: dict[str, Any], channels: list[int], times: int) -> list[bool]:
+        """Run collectives in several threads at once, a channel each; whether all results are the same."""
+        results: list[Any] = []
+
+        def lane(channel: int) -> None:
+            results.extend(self.do_collective({**case, "channel": channel})[0] for _ in range(times))
+
+        threads = [threading.Thread(target=lane, args=(channel,)) for channel in channels]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == times * len(channels)
+        return [result == results[0] for result in results]
 
 
 def values_of(rank: int, count: int, dtype: Any) -> Any:
@@ -244,11 +295,28 @@ def values_of(rank: int, count: int, dtype: Any) -> Any:
     return ((torch.arange(count) * 7 + rank * 3) % 5 + rank % 2).to(dtype)
 
 
+def digest(result: Any, bits: bool = False) -> str:
+    """Names the numbers of a result, whatever their dtype; or its bits."""
+    import torch
+
+    words = result.view(torch.uint8) if bits else result.to(torch.float64).view(torch.uint8)
+    return hashlib.sha256(words.numpy().tobytes()).hexdigest()
+
+
+def odd_values(rank: int, count: int) -> Any:
+    """Zeros of both signs and NaNs of unlike payload: what does not commute to the bit."""
+    import torch
+
+    words = torch.zeros(count, dtype=torch.int32)
+    words[rank::2] = -(2**31)
+    words[rank % 3 :: 5] = 0x7FC00000 + rank + 1
+    return words.view(torch.float32)
+
+
 def _main(path: str, size: int) -> None:
     import torch
 
     import collectives.engine  # noqa: F401 - here and not in every child
-    from collectives.transports.mesh import LinkListener
 
     children = []
     for rank in range(size):
@@ -256,9 +324,9 @@ def _main(path: str, size: int) -> None:
         if pid == 0:
             torch.set_num_threads(1)
             connection = Client(path, "AF_UNIX")
-            listener = LinkListener()
-            connection.send((rank, os.getpid(), listener.address))
-            _Hand(connection, listener).serve()
+            hand = _Hand(connection)
+            connection.send((rank, os.getpid(), hand.listener.address))
+            hand.serve()
         children.append(pid)
     for pid in children:
         os.waitpid(pid, 0)
