@@ -85,6 +85,12 @@ class CoordinatorServer:
             self._perform(self._coordinator.on_tick(time.monotonic()))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._converse(reader, writer)
+        except asyncio.CancelledError:
+            writer.close()  # the loop ends, and asyncio prints a traceback for each connection that it has to cancel
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         if self._unproven >= MAX_UNPROVEN:
             writer.close()
