@@ -20,6 +20,7 @@ every process that was started, stopped ones too. Peers are forked from a `Zygot
 for each test process, started with its first cluster. A fork and a join take about 0.1 s together.
 """
 
+import asyncio
 import atexit
 import contextlib
 import json
@@ -38,6 +39,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from collectives.membership.protocol import Inspect, Status, decode_from_coordinator
+from collectives.membership.wire import connect
 from collectives.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,6 +319,27 @@ class Cluster:
     def run(self, program: str | Callable[..., Any], count: int, /, **given: Any) -> list[Any]:
         """Start several and return their values when all have ended."""
         return [process.result() for process in self.peers(program, count, **given)]
+
+    def status(self) -> Status:
+        """Ask the coordinator what it knows."""
+
+        async def ask() -> Status:
+            channel = await connect("127.0.0.1", self.port, TOKEN.encode(), self.RUN, None)
+            channel.send(Inspect())
+            answer = decode_from_coordinator(await channel.receive())
+            channel.close()
+            assert isinstance(answer, Status)
+            return answer
+
+        return asyncio.run(asyncio.wait_for(ask(), PATIENCE))
+
+    def await_status(self, fits: Callable[[Status], bool]) -> Status:
+        """Ask the coordinator until `fits(status)`; returns that."""
+        deadline = time.monotonic() + PATIENCE
+        while not fits(status := self.status()):
+            assert time.monotonic() < deadline, f"the coordinator still says {status}"
+            time.sleep(0.02)
+        return status
 
     def close(self) -> None:
         """End every process that was started here."""

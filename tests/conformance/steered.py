@@ -1,0 +1,101 @@
+"""Programs that are steered from the test: what they do while the coordinator is away, and how peers come and go."""
+
+import os
+import signal
+import time
+from typing import Any
+from unittest import mock
+
+from collectives import faults
+from collectives.epochs import TRANSPORTS
+from collectives.errors import RingholdError
+from collectives.membership.session import Event
+from tests.conformance.losses import dying, goes_on
+from tests.conformance.silences import reduce_rightly
+from tests.harness.peer import Peer
+
+
+def steered(peer: Peer, **options: Any) -> None:
+    """Join, then do what the test says until it says leave: reduce, admit, or prepare to die."""
+    try:
+        comm = peer.join(**options)
+    except RingholdError as error:
+        peer.say("refused", error=type(error).__name__, message=str(error))
+        return
+    peer.say("joined", rank=comm.rank, member=comm.member_id, founder=comm.founder, epoch=comm.epoch)
+    if not comm.founder:
+        comm.sync({})
+    number = 0
+    while True:
+        word = peer.hear("do")
+        began = time.monotonic()
+        facts: dict[str, Any] = {}
+        try:
+            match word["what"]:
+                case "leave":
+                    comm.leave()
+                    return
+                case "die at":
+                    faults.arm(word["point"], dying(peer))
+                case "die on":
+                    comm.on_event(_deadly(peer, word["event_name"]))
+                case "admit":
+                    while not (changed := comm.admit()) and word["until"]:
+                        time.sleep(0.005)
+                    facts["changed"] = changed
+                    if changed:
+                        comm.sync({})
+                    assert goes_on(comm)
+                case "reduce":
+                    for _ in range(word["times"]):
+                        number += 1
+                        facts["contributors"] = reduce_rightly(comm, number, 3000)
+        except RingholdError as error:
+            peer.say("done", error=type(error).__name__, message=str(error), seconds=time.monotonic() - began)
+            comm.close()
+            return
+        peer.say("done", **facts, members=comm.members, epoch=comm.epoch, seconds=time.monotonic() - began)
+
+
+def _deadly(peer: Peer, name: str) -> Any:
+    def observe(event: Event) -> None:
+        if event["event"] == name:
+            peer.say("fired", where=name)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return observe
+
+
+def dies_joining(peer: Peer, event_name: str) -> None:
+    """Join, and die when the membership says so."""
+    peer.events = _Deadly(peer, event_name)
+    peer.join()
+    raise AssertionError("it was to die")
+
+
+class _Deadly(list[Event]):
+    def __init__(self, peer: Peer, name: str) -> None:
+        super().__init__()
+        self._observe = _deadly(peer, name)
+
+    def append(self, event: Event) -> None:
+        self._observe(event)
+
+
+def tries(peer: Peer, version: int = 0, other_transport: bool = False, **how: Any) -> dict[str, Any]:
+    """Try to join, maybe with another version of the protocol or another transport; tell how it ended."""
+    began = time.monotonic()
+    said: dict[str, Any]
+    try:
+        with mock.patch.dict(TRANSPORTS, other=TRANSPORTS["gloo"]):
+            if version:
+                with mock.patch("collectives.membership.wire.VERSION", version):
+                    comm = peer.join(**how)
+            else:
+                comm = peer.join(transport="other" if other_transport else "", **how)
+    except RingholdError as error:
+        said = {"error": type(error).__name__, "message": str(error)}
+    else:
+        said = {"member": comm.member_id, "founder": comm.founder}
+        comm.leave()
+    return said | {"seconds": time.monotonic() - began}
