@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from collectives.instructions import Kernel, Machine, Probe
-from collectives.program import Cutting, Program, compile_program
+from collectives.plan import Cutting
+from collectives.program import Program, compile_program
 from collectives.reduction import ReduceOp, function
 from collectives.schedule import Schedule
 from collectives.staging import StagingPool
