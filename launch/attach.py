@@ -11,8 +11,12 @@ from collectives.membership.wire import HANDSHAKE_SECONDS, client_tls, connect
 from collectives.options import Options
 
 
-def status(host: str, port: int, token: bytes, run: str, options: Options) -> Status:
+def status(
+    host: str, port: int, token: bytes, run: str, options: Options, timeout: float = HANDSHAKE_SECONDS
+) -> Status:
     """Return what the coordinator at `host`:`port` knows of its run: the epoch, and each member's lanes.
+
+    Waits at most `timeout` seconds.
 
     Raises:
         CoordinatorUnreachable: nobody answers there in time.
@@ -20,7 +24,7 @@ def status(host: str, port: int, token: bytes, run: str, options: Options) -> St
 
     """
     try:
-        return asyncio.run(asyncio.wait_for(_ask(host, port, token, run, options), HANDSHAKE_SECONDS))
+        return asyncio.run(asyncio.wait_for(_ask(host, port, token, run, options), timeout))
     except (OSError, TimeoutError, ProtocolError, asyncio.IncompleteReadError) as error:
         reason = str(error) or "no answer in time"
         raise CoordinatorUnreachable(f"no coordinator at {host}:{port}: {reason}; is the address right?") from None

@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.faults import Planned
+from launch.faults import FaultKind, Planned
 from launch.record import FaultRecord, PeerRecord
 
 if TYPE_CHECKING:
     from launch.supervisor import Supervisor
 
-_RETURN_GRACE = 2.0
-"""Seconds that a peer on its way in gets to reach the coordinator, before the last step begins without it."""
+_KNOCK_TIMEOUT = 10.0
+"""Seconds that a peer gets to reach the coordinator before the others stop holding for it."""
 _STOPPED_LONGER = 1.5
 """A stopped peer sleeps for the heartbeat timeout plus this many seconds, so that it wakes evicted."""
-_RETURNING = frozenset({"stop", "join", "coordinator"})
+_RETURNING: frozenset[FaultKind] = frozenset({"stop", "join", "coordinator"})
 
 
 class Injector:
@@ -27,8 +27,8 @@ class Injector:
         self._supervisor = supervisor
         self._pending = deque(self.faults)
         self._coordinator_fault: FaultRecord | None = None
-        self._on_its_way: dict[int, float] = {}
-        """By fault: until when its peer may need to reach the coordinator."""
+        self._expected: dict[int, float] = {}
+        """By fault: until when its peer is expected to knock at the coordinator's door; not there: it cannot yet."""
         self.opened = 0
         """Peers need not wait at gates up to this step."""
 
@@ -62,31 +62,40 @@ class Injector:
         return bool(self._pending) and self._pending[0].planned.step <= self._supervisor.step
 
     def _open_gates(self) -> None:
-        """Hold the peers while what keeps a fault from striking passes by itself; anything else may need them to go on.
-
-        A newcomer warms up by itself, and a member of the step that was just reported will report it too. Before the
-        last step, who is on its way back gets the time to be let in.
-        """
         supervisor = self._supervisor
-        if self._is_due():
-            planned = self._pending[0].planned
-            victim = supervisor.living(planned.slot) if planned.slot is not None else None
-            if planned.kind == "join" or (victim is not None and victim.state == "joining" and victim.members):
-                return
-        if supervisor.step >= supervisor.spec.steps - 1 and self._somebody_returns():
-            return
         passed = [gate for gate in self.gates if self.opened < gate <= supervisor.step]
-        if passed:
+        if passed and not self._holds():
             self.opened = passed[-1]
             for life in supervisor.lives.values():
                 if life.state not in {"spare", "warm", "ended"}:
                     supervisor.children[life.name].send({"do": "go", "step": self.opened})
 
-    def _somebody_returns(self) -> bool:
-        """Whether a fault is under way that ends with somebody's return, who can be expected at the door any moment."""
+    def _holds(self) -> bool:
+        """Whether peers at a gate stay there, because what they wait for comes to pass without them.
+
+        A newcomer warms up and knocks at the door by itself; a member of the step that was just reported will report
+        it too. Where a fault is due but its victim is away, and before the last step, everybody on the way back gets
+        the time to knock. Then the gate has to open: it is the members that let others in.
+        """
+        supervisor = self._supervisor
+        due = self._is_due()
+        if due:
+            planned = self._pending[0].planned
+            victim = supervisor.living(planned.slot) if planned.slot is not None else None
+            if planned.kind == "join" or (victim is not None and victim.state == "joining" and victim.members):
+                return True
+        patient = due or supervisor.step >= supervisor.spec.steps - 1
+        return self._somebody_comes(_RETURNING if patient else _RETURNING & {"join"})
+
+    def _somebody_comes(self, kinds: frozenset[FaultKind]) -> bool:
+        """Whether a fault of these kinds is under way that ends with somebody's coming, who has not knocked yet."""
         now = time.time()
-        back = (f for f in self.faults if f.injected is not None and f.ended is None and f.planned.kind in _RETURNING)
-        return any(self._on_its_way.get(fault.planned.index, now + 1) > now for fault in back)
+        coming = [f for f in self.faults if f.injected is not None and f.ended is None and f.planned.kind in kinds]
+        hopeful = [f for f in coming if self._expected.get(f.planned.index, now + 1) > now]
+        if not hopeful:
+            return False
+        away = any(fault.planned.index not in self._expected for fault in hopeful)
+        return away or self._supervisor.waiting() < len(hopeful)
 
     def peer_says(self, life: PeerRecord, kind: str, body: dict[str, Any]) -> None:
         """Take note of what a peer's message means for the faults aimed at it."""
@@ -101,7 +110,7 @@ class Injector:
                     fault.fired = fault.ended = body["time"]
                     life.planned_end = "leave"
                 case "stop", "evicted":
-                    self._on_its_way[fault.planned.index] = time.time() + _RETURN_GRACE
+                    self._expected[fault.planned.index] = time.time() + _KNOCK_TIMEOUT
                 case "stop", "joined" if fault.fired is not None and fault.ended is None:
                     fault.ended = body["time"]
                 case "join", "joined" if fault.fired is None:
@@ -156,7 +165,7 @@ class Injector:
             assert spare is not None
             fault.peer = spare.name
             supervisor.release(spare)
-            self._on_its_way[planned.index] = time.time() + _RETURN_GRACE
+            self._expected[planned.index] = time.time() + _KNOCK_TIMEOUT
         else:
             assert planned.slot is not None
             life = supervisor.living(planned.slot)
@@ -183,7 +192,7 @@ class Injector:
         fault.detail = f"woken after {time.time() - (fault.fired or 0):.1f} s"
         if life.state == "stopped":
             life.state = "returning"
-            self._on_its_way[fault.planned.index] = time.time() + _RETURN_GRACE
+            self._expected[fault.planned.index] = time.time() + _KNOCK_TIMEOUT
             self._supervisor.children[life.name].signal(signal.SIGCONT)
             self._supervisor.note("woken", peer=life.name, fault=fault.planned.index)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from collectives.errors import CoordinatorUnreachable, UsageError
+from collectives.errors import CoordinatorUnreachable, RingholdError, UsageError
 from collectives.membership.wire import load_token
 from collectives.options import Options
-from launch import display
+from launch import attach, console, display
 from launch.config import JobConfig
 from launch.environment import Launcher, peer_environment
 from launch.faults import Planned
@@ -208,6 +208,7 @@ def _spec(request: Request, token: str, *, slots: tuple[int, ...], hosting: bool
         },
         coordinator=[*here, "launch.coordinator", "--run", request.run, "--journal", journal] if hosting else None,
         address=request.coordinator or f"{options.listen}:0",
+        door=lambda address: _waiting(address, token, request.run, options),
         steps=request.config.steps,
         faults=tuple(fault for fault in request.faults if others is None or _ours(fault, slots, hosting)),
         heartbeat_timeout=options.heartbeat_timeout,
@@ -216,6 +217,15 @@ def _spec(request: Request, token: str, *, slots: tuple[int, ...], hosting: bool
         timeout=request.timeout,
         stall=request.stall,
     )
+
+
+def _waiting(address: str, token: str, run: str, options: Options) -> int:
+    """Ask the coordinator how many peers wait to be let in; 0 if it does not answer."""
+    try:
+        host, port = console.split_address(address, "coordinator")
+        return attach.status(host, port, token.encode(), run, options, timeout=1.0).waiting
+    except RingholdError:
+        return 0
 
 
 def _ours(fault: Planned, slots: tuple[int, ...], hosting: bool) -> bool:

@@ -24,6 +24,7 @@ from launch.record import Observer, PeerRecord, RunRecord, entry
 _RESTART_DELAY = 0.3
 _MOST_RESTARTS = 3
 _ASK_OTHERS = 0.1
+_LATE_GRACE = 3.0
 
 
 class Others(Protocol):
@@ -54,6 +55,8 @@ class Spec:
     """Command of the coordinator, `--listen ADDRESS` (and `--new` the first time) is appended; None: not ours."""
     address: str
     """HOST:PORT of the coordinator; port 0 where it is ours and any will do."""
+    door: Callable[[str], int]
+    """Returns how many peers wait to be let in by the coordinator at an address."""
     steps: int
     """Steps of the run."""
     faults: tuple[Planned, ...] = ()
@@ -88,6 +91,7 @@ class Supervisor:
         self._restarts: dict[int, int] = {}
         self._asked_others = 0.0
         self._founded = False
+        self._over_at = 0.0
         self._progress_at = time.monotonic()
 
     def run(self) -> RunRecord:
@@ -113,6 +117,10 @@ class Supervisor:
     def living(self, slot: int) -> PeerRecord | None:
         """Return the life of peer `slot` that has not ended, if there is one."""
         return next((life for life in self.lives.values() if life.slot == slot and life.state != "ended"), None)
+
+    def waiting(self) -> int:
+        """Return how many peers wait at our coordinator's door to be let in; 0 while it is down."""
+        return self.spec.door(self.address) if self.listening else 0
 
     def start_peer(self, slot: int, spare: bool = False) -> PeerRecord:
         """Start the process of a peer; a spare waits, warm, until `release`."""
@@ -190,6 +198,18 @@ class Supervisor:
             self._asked_others = time.monotonic()
             self._advance(self.spec.others.furthest())
         self._injector.strike()
+        self._dismiss_latecomers()
+
+    def _dismiss_latecomers(self) -> None:
+        """End peers that still want to join when all others have come to the end: nobody will let them in."""
+        living = [life for life in self.lives.values() if life.state not in {"spare", "warm", "ended"}]
+        over = any(life.result is not None for life in self.lives.values())
+        if not over or not living or any(life.state not in {"joining", "returning"} for life in living):
+            self._over_at = time.monotonic()
+        elif time.monotonic() - self._over_at > _LATE_GRACE:
+            for life in living:
+                life.planned_end = "late"
+                self.children[life.name].signal(signal.SIGTERM)
 
     def _handle(self, name: str, body: dict[str, Any]) -> None:
         kind = body["type"]
@@ -257,7 +277,7 @@ class Supervisor:
 
     def _peer_ended(self, life: PeerRecord) -> None:
         """Keep what a peer that failed said last; with `restart`, replace one that was lost."""
-        if life.code == 0:
+        if life.code == 0 or life.planned_end == "late":
             return
         if not life.planned_end:
             life.tail = self.children[life.name].tail()

@@ -77,9 +77,10 @@ def _shortfall(fault: FaultRecord) -> str:
     if fault.injected is None:
         return f"{fault.planned} never came: the run was over before its step, or its victim was away"
     if fault.fired is None:
-        return f"{fault.planned} was sent to {fault.peer}, but nothing happened"
+        late = " before the run was over; try more steps, or a --pace" if fault.planned.kind == "join" else ""
+        return f"{fault.planned} was sent to {fault.peer}, but nothing happened{late}"
     if fault.ended is None and fault.planned.kind == "stop":
-        return f"{fault.peer} did not come back after {fault.planned}"
+        return f"{fault.peer} did not come back after {fault.planned}; try more steps, or a --pace"
     if fault.ended is None and fault.planned.kind == "coordinator":
         return f"the coordinator did not come back after {fault.planned}"
     return ""
@@ -106,7 +107,9 @@ def _peers(record: RunRecord) -> Check:
 def _fine(peer: PeerRecord) -> bool:
     if peer.planned_end == "kill":
         return peer.code == -signal.SIGKILL
-    return peer.code == 0 and (peer.result is not None or peer.planned_end in {"leave", "late"})
+    if peer.planned_end == "late":
+        return peer.error is None
+    return peer.code == 0 and (peer.result is not None or peer.planned_end == "leave")
 
 
 def _story(peer: PeerRecord) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from launch import injector
 from launch.faults import parse, plan
 from launch.process import Child, Inbox, end_all
 from launch.record import RunLog, RunRecord, read_log
@@ -35,6 +36,7 @@ def spec(
         "start": {"config": {}},
         "coordinator": [sys.executable, TOY, "coordinator"],
         "address": "127.0.0.1:0",
+        "door": lambda address: 0,
         "steps": steps,
         "faults": planned,
         "heartbeat_timeout": 0.1,
@@ -161,6 +163,18 @@ def test_a_coordinator_killed_by_somebody_is_started_again(tmp_path: Path) -> No
     assert record.peers[0].code == 0
 
 
+def test_a_peer_that_comes_when_all_is_over_is_dismissed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could wait for ever: there is nobody left to let it in."""
+    monkeypatch.setattr(injector, "_KNOCK_TIMEOUT", 0.3)
+    record, _ = run(spec(tmp_path, "shut-out", peers=2, steps=5, churn="join@3"))
+    assert [(peer.name, peer.planned_end, peer.code) for peer in record.peers] == [
+        ("peer-0", "", 0),
+        ("peer-1", "", 0),
+        ("peer-2", "late", -signal.SIGTERM),
+    ]
+    assert record.faults[0].fired is None
+
+
 def test_no_progress_and_too_long_are_timeouts(tmp_path: Path) -> None:
     record, _ = run(spec(tmp_path, peers=1, pause=30.0, stall=0.5))
     assert "no peer made progress for 0.5 s" in record.timeout
@@ -197,7 +211,8 @@ def tell(entry):
 record = Supervisor(Spec(slots=(0, 1), out=out,
     environ={**os.environ, "TOY_MEETING": str(out / "meeting"), "TOY_FOUNDERS": "2"},
     peer=[sys.executable, toy, "peer", "9999", "0.05", misdeed], start={},
-    coordinator=[sys.executable, toy, "coordinator"], address="127.0.0.1:0", steps=9999), tell).run()
+    coordinator=[sys.executable, toy, "coordinator"], address="127.0.0.1:0", door=lambda address: 0,
+    steps=9999), tell).run()
 sys.exit(128 + record.signal)
 """
 

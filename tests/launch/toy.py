@@ -14,10 +14,12 @@ from typing import Any
 from launch.child import Link
 
 
-def meet() -> None:
-    """Wait for the other founders, as a group of peers does."""
+def meet(shut_out: bool) -> None:
+    """Wait for the other founders, as a group of peers does. `shut_out`: whoever comes later waits for ever."""
     folder, count = Path(os.environ["TOY_MEETING"]), int(os.environ["TOY_FOUNDERS"])
     folder.mkdir(exist_ok=True)
+    if shut_out and len(list(folder.iterdir())) >= count:
+        time.sleep(60)
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < count:
         time.sleep(0.01)
@@ -45,7 +47,7 @@ def peer(steps: int, pause: float, misdeed: str) -> int:
     link.listen(on_command)
     link.report("ready")
     started.wait()
-    meet()
+    meet(shut_out=misdeed == "shut-out")
     member = os.getpid()
     link.report("joined", member=member, epoch=1, size=1)
     print("the toy began", flush=True)
