@@ -18,10 +18,10 @@ from launch.trainer import Trainer, one_thread
 
 TOLERANCES: dict[DType, float] = {"fp32": 1e-5, "fp64": 1e-12}
 """Largest difference of a step's loss that rounding may make, by the model's dtype."""
-CONTROL_STEPS = 6
+CONTROL_STEPS = 8
 """Steps of `control`."""
 _MOST_CONTROL_MEMBERS = 4
-"""Among more members one wrong share is a smaller error, in the end too small for six steps to show."""
+"""Among more members one wrong share is a smaller error, in the end too small for so few steps to show."""
 
 OnStep = Callable[[int, float], None]
 
