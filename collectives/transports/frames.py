@@ -96,7 +96,7 @@ class Link:
             Its number: it has been sent when `is_sent(number)`.
 
         Raises:
-            TransportLost: the connection is broken.
+            TransportLost: the connection is broken, or the peer has closed it.
             ValueError: the payload is too long.
 
         """
@@ -105,6 +105,7 @@ class Link:
             raise ValueError(f"a note of {length} bytes is longer than {MAX_NOTE}; send it in parts or as bulk")
         header = _HEADER.pack(length, channel, _check(length, channel, payload))
         with self._write_lock:
+            self._raise_if_over()
             self._posted += 1
             sent = 0
             if not self._queue:
@@ -147,9 +148,7 @@ class Link:
         """
         if self._sent >= number:
             return True
-        why = self._broken or self.lost
-        if why is not None:
-            raise TransportLost(why, self.peer)
+        self._raise_if_over()
         return False
 
     def close(self) -> None:
@@ -207,9 +206,12 @@ class Link:
                 self.landings.pop(note.channel, None)  # whoever wants it there gets this one, and copies it
             notes.append((note.channel, LANDED if note.own is None else bytes(note.own)))
 
+    def _raise_if_over(self) -> None:
+        why = self._broken or self.lost
+        if why is not None:
+            raise TransportLost(why, self.peer)
+
     def _push(self, header: bytes | memoryview, payload: bytes | memoryview) -> int:
-        if self._broken is not None:
-            raise TransportLost(self._broken, self.peer)
         try:
             if len(payload) > CHECKED:
                 return self._sock.sendmsg((header, payload))
