@@ -297,6 +297,10 @@ class Communicator(Collectives):
                 if core.epoch and epochs.transport(core.epoch) is not None:
                     return
                 left = deadline - time.monotonic()
+                if left <= 0 and not core.member:
+                    raise CoordinatorUnreachable(
+                        f"no coordinator at {session.where} within {timeout:g} s; is it running?"
+                    )
                 if left <= 0 and not core.epoch:
                     raise CoordinatorUnreachable(
                         f"no epoch took this peer in within {timeout:g} s: the members call admit() at safe points, "

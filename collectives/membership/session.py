@@ -28,6 +28,7 @@ from collectives.membership.protocol import (
     Prepare,
     Refused,
     Resume,
+    Stalled,
     Waiting,
     Welcome,
     decode_from_coordinator,
@@ -71,6 +72,7 @@ class Session:
         self.changed = threading.Condition()
         self.core = Member()
         self.waiting = 0
+        self.where = f"{address[0]}:{address[1]}"
         self._address, self._run, self._token = address, run, token
         self._options, self._transport, self._listening = options, transport, listening
         self._on_fence, self._on_decision, self._on_event = on_fence, on_decision, on_event
@@ -137,7 +139,6 @@ class Session:
         """Connect, serve the connection, connect again, until closed or departed."""
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        began = time.monotonic()
         pause, needed = 0.02, 0.0
         while not self._closed and self.core.error is None:
             try:
@@ -154,7 +155,7 @@ class Session:
             finally:
                 self._drop()
             needed = (needed or time.monotonic()) if self._needs_coordinator() else 0.0
-            self._give_up_if_late(began, needed)
+            self._give_up_if_late(needed)
             if not self._closed and self.core.error is None:
                 await self._sleep(pause)
                 pause = min(2 * pause, 0.5)
@@ -163,19 +164,16 @@ class Session:
         with self.changed:
             core = self.core
             interrupted = any(lane.interrupted == core.epoch for lane in core.lanes.values())
-            return core.epoch > 0 and (core.fenced or interrupted or bool(core.admitting))
+            # An operation that merely takes long may still end.
+            asked = any(not isinstance(message, Stalled) for message in core.outstanding.values())
+            return core.epoch > 0 and (core.fenced or interrupted or asked)
 
-    def _give_up_if_late(self, began: float, needed: float) -> None:
-        where = f"{self._address[0]}:{self._address[1]}"
-        now = time.monotonic()
-        if self.core.epoch == 0 and now - began > self._options.join_timeout:
-            seconds = self._options.join_timeout
-            self.fail(CoordinatorUnreachable(f"no coordinator at {where} within {seconds:g} s; is it running?"))
-        elif needed and now - needed > self._options.coordinator_timeout:
-            seconds = self._options.coordinator_timeout
+    def _give_up_if_late(self, needed: float) -> None:
+        seconds = self._options.coordinator_timeout
+        if needed and time.monotonic() - needed > seconds:
             self.fail(
                 CoordinatorUnreachable(
-                    f"the membership must change and the coordinator at {where} was away for {seconds:g} s; "
+                    f"the membership must change and the coordinator at {self.where} was away for {seconds:g} s; "
                     "restart it on its journal, then join again"
                 )
             )
