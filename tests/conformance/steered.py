@@ -10,7 +10,7 @@ from collectives import faults
 from collectives.epochs import TRANSPORTS
 from collectives.errors import RingholdError
 from collectives.membership.session import Event
-from tests.conformance.losses import dying, goes_on
+from tests.conformance.losses import dying
 from tests.conformance.silences import reduce_rightly
 from tests.harness.peer import Peer
 
@@ -45,7 +45,6 @@ def steered(peer: Peer, **options: Any) -> None:
                     facts["changed"] = changed
                     if changed:
                         comm.sync({})
-                    assert goes_on(comm)
                 case "reduce":
                     for _ in range(word["times"]):
                         number += 1
@@ -82,7 +81,7 @@ class _Deadly(list[Event]):
         self._observe(event)
 
 
-def tries(peer: Peer, version: int = 0, other_transport: bool = False, **how: Any) -> dict[str, Any]:
+def tries(peer: Peer, version: int = 0, **how: Any) -> dict[str, Any]:
     """Try to join, maybe with another version of the protocol or another transport; tell how it ended."""
     began = time.monotonic()
     said: dict[str, Any]
@@ -92,7 +91,7 @@ def tries(peer: Peer, version: int = 0, other_transport: bool = False, **how: An
                 with mock.patch("collectives.membership.wire.VERSION", version):
                     comm = peer.join(**how)
             else:
-                comm = peer.join(transport="other" if other_transport else "", **how)
+                comm = peer.join(**how)
     except RingholdError as error:
         said = {"error": type(error).__name__, "message": str(error)}
     else:
