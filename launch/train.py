@@ -73,7 +73,8 @@ def command(**given: Any) -> int:
     torchrun --nproc-per-node 4 -m launch.train [OPTIONS]
     mpirun -n 4 python -m launch.train [OPTIONS]
 
-    start one supervisor and one peer each; there a join brings a killed peer back.
+    start one supervisor and one peer each; there a join brings a killed peer back. The membership's own options are
+    environment variables: RINGHOLD_HEARTBEAT_TIMEOUT=2 and so on.
     """
     launcher = detect(os.environ)
     request = make_request(launcher, **given)

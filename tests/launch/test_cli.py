@@ -1,17 +1,20 @@
 """The command line: fast help, one-line errors, exit codes, and the coordinator's command."""
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from collectives.errors import JournalError, MemberLost, OperationTimeout, UsageError
-from launch import console
+from launch import console, display
 from launch.cli import COMMANDS, ringhold
 
 
@@ -135,6 +138,40 @@ def test_addresses() -> None:
     for wrong in ("", "host", "host:", ":7", "host:70000", "host:x"):
         with pytest.raises(UsageError, match="HOST:PORT"):
             console.split_address(wrong, "x")
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+ENTRIES: list[dict[str, Any]] = [
+    {"source": "supervisor", "type": "started", "peer": "coordinator", "pid": 1},
+    {"source": "supervisor", "type": "started", "peer": "peer-0", "pid": 2, "spare": False},
+    {"source": "peer-0", "type": "joined", "member": 1, "epoch": 1},
+    {"source": "peer-0", "type": "progress", "step": 3, "loss": 2.5, "member": 1},
+    {"source": "supervisor", "type": "fault", "what": "stop", "step": 3, "peer": "peer-0", "fault": 0},
+    {"source": "peer-0", "type": "exit", "code": -9},
+]
+
+
+@pytest.mark.parametrize(("stream", "expected"), [(Screen(), "dead"), (io.StringIO(), "ended by SIGKILL")])
+def test_progress_is_shown_on_a_terminal_and_elsewhere(stream: io.StringIO, expected: str) -> None:
+    with display.choose(10, quiet=False, stream=stream) as shown:
+        for entry in ENTRIES:
+            shown({"time": time.time(), **entry})
+    text = stream.getvalue()
+    for words in ("step 3/10, loss 2.5000", "stopped peer-0 (SIGSTOP)", "peer-0 is member 1 of epoch 1", expected):
+        assert words in text
+
+
+def test_quiet_is_quiet() -> None:
+    stream = io.StringIO()
+    with display.choose(10, quiet=True, stream=stream) as shown:
+        shown({"time": time.time(), **ENTRIES[-1]})
+    assert stream.getvalue() == ""
 
 
 def coordinator(tmp_path: Path, *arguments: str, token: str = "secret") -> subprocess.Popen[str]:

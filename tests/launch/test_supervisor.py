@@ -15,7 +15,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from launch import injector
+from launch import injector, supervisor
 from launch.faults import parse, plan
 from launch.process import Child, Inbox, end_all
 from launch.record import RunLog, RunRecord, read_log
@@ -148,16 +148,16 @@ def test_a_coordinator_that_cannot_start_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_coordinator_killed_by_somebody_is_started_again(tmp_path: Path) -> None:
     given = spec(tmp_path, peers=1, steps=40)
-    supervisor = Supervisor(given, lambda entry: None)
+    watched = Supervisor(given, lambda entry: None)
 
     def kill() -> None:
-        until(lambda: supervisor.step > 3, "step 3")
-        assert supervisor.coordinator is not None
-        supervisor.coordinator.signal(signal.SIGKILL)
+        until(lambda: watched.step > 3, "step 3")
+        assert watched.coordinator is not None
+        watched.coordinator.signal(signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    record = supervisor.run()
+    record = watched.run()
     thread.join()
     assert record.coordinator_deaths == 1
     assert record.peers[0].code == 0
@@ -166,6 +166,7 @@ def test_a_coordinator_killed_by_somebody_is_started_again(tmp_path: Path) -> No
 def test_a_peer_that_comes_when_all_is_over_is_dismissed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could wait for ever: there is nobody left to let it in."""
     monkeypatch.setattr(injector, "_KNOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr(supervisor, "_LATE_GRACE", 0.3)
     record, _ = run(spec(tmp_path, "shut-out", peers=2, steps=5, churn="join@3"))
     assert [(peer.name, peer.planned_end, peer.code) for peer in record.peers] == [
         ("peer-0", "", 0),

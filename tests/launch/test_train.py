@@ -70,22 +70,9 @@ def reveals_token(out: Path) -> list[str]:
 
 def test_churn_of_every_kind_and_a_right_result(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    churn = "kill@2,stop@4,join@12,leave@30,coordinator@34"
-    popen = start(
-        out,
-        "--peers",
-        "4",
-        "--steps",
-        "44",
-        "--pace",
-        "0.15",
-        "--dtype",
-        "fp64",
-        "--churn",
-        churn,
-        "--reference",
-        "--json",
-    )
+    churn = "kill@2,stop@4,join@8,leave@14,coordinator@17"
+    sizes = ("--peers", "4", "--steps", "24", "--pace", "0.05", "--dtype", "fp64")
+    popen = start(out, *sizes, "--churn", churn, "--reference", "--json")
     until(lambda: trains(out), "a first step")
     for pid in (popen.pid, *started(out).values()):
         assert TOKEN not in " ".join(psutil.Process(pid).cmdline())
@@ -94,7 +81,7 @@ def test_churn_of_every_kind_and_a_right_result(tmp_path: Path) -> None:
     summary: dict[str, Any] = json.loads(text)
     checks = {check["name"]: check["ok"] for check in summary["checks"]}
     assert checks == dict.fromkeys(("run", "peers", "faults", "state", "ledger", "reference"), True)
-    assert (summary["ok"], summary["steps"]) == (True, 44)
+    assert (summary["ok"], summary["steps"]) == (True, 24)
     assert len(set(summary["hashes"].values())) == 1
     assert summary["loss"] == pytest.approx(summary["reference_loss"], abs=1e-12)
     faults = {fault["fault"]: fault for fault in summary["faults"]}
@@ -134,7 +121,7 @@ def test_the_end_of_the_command_is_the_end_of_all(tmp_path: Path, number: signal
 
 def test_a_peer_that_somebody_kills_fails_the_run_and_restart_mends_it(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    popen = start(out, "--peers", "2", "--steps", "50", "--pace", "0.15", "--restart", "--json")
+    popen = start(out, "--peers", "2", "--steps", "30", "--pace", "0.15", "--restart", "--json")
     until(lambda: trains(out, 2), "a second step")
     os.kill(started(out)["peer-1"], signal.SIGKILL)
     code, text, err = finish(popen)
@@ -155,8 +142,8 @@ def test_peers_that_fail_alike_give_their_exit_code_and_their_words(tmp_path: Pa
 def test_torchrun_starts_supervisors_that_outlive_their_peers(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     out = tmp_path / "run"
-    churn = "kill@2:0,join@16"
-    arguments = ("--steps", "50", "--pace", "0.2", "--churn", churn, "--json")
+    churn = "kill@2:0,join@10"
+    arguments = ("--steps", "34", "--pace", "0.2", "--churn", churn, "--json")
     code, text, err = finish(start(out, *arguments, launcher=torchrun))
     assert code == 0, text + err
     (line,) = text.splitlines()  # rank 0 alone speaks
