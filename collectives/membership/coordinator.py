@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from collectives.membership.frontiers import frontiers, given_up
 from collectives.membership.protocol import (
     Admit,
     Alive,
@@ -20,8 +21,6 @@ from collectives.membership.protocol import (
     FromPeer,
     Inspect,
     Join,
-    LaneFrontier,
-    LaneReport,
     LaneStatus,
     Leave,
     LinkDown,
@@ -265,29 +264,25 @@ class Coordinator:
         return [Send(connection, Welcome(member)), *self._consider()]
 
     def _resume(self, connection: Connection, message: Resume, now: float) -> list[Action]:
-        newest = max(message.epoch, message.promised)
+        known = self.decision.epoch if self.decision else 0
+        if message.epoch > known or message.promised > self.highest:
+            return [self._stale(message)]
         peer = self.peers.get(message.member)
         if peer is None or self._digest(message.secret) != peer.info.nonce:
-            known = self.decision.epoch if self.decision else 0
-            if message.epoch > known:
-                return [self._stale(message)]
             reason = f"member {message.member} was taken for dead and is no longer part of run {self.run!r}; join again"
             return [Send(connection, Evict("evicted", reason)), Close(connection)]
-        if newest > self.highest:
-            return [self._stale(message)]
         actions: list[Action] = []
         if peer.connection is not None:
             self._connections.pop(peer.connection, None)
             actions.append(Close(peer.connection))
         peer.connection, peer.heard = connection, now
         self._connections[connection] = message.member
-        assert self.decision is not None
-        if message.epoch < self.decision.epoch:
+        if self.decision is not None and message.epoch < known:
             actions.append(Send(connection, self.decision))
         actions.append(Send(connection, Waiting(len(self.waiting))))
         if self.change and message.member in self.change.members:
             return [*actions, Send(connection, Prepare(self.change.epoch, list(self.change.members)))]
-        if message.promised > self.decision.epoch and self.change is None:
+        if message.promised > known and self.change is None and message.member in self.members:
             # It fenced for a change that died with the last coordinator: only a new one frees it.
             return actions + self._begin()
         return actions
@@ -365,12 +360,14 @@ class Coordinator:
         founding = self.decision is None or self.decision.ended
         survivors = [m for m in change.members if m in before]
         joined = [m for m in change.members if m not in before]
-        lanes = frontiers({m: change.reports[m].lanes for m in survivors})
+        reports = {m: change.reports[m].lanes for m in survivors}
+        lanes = frontiers(reports)
         infos = [self.peers[m].info for m in change.members]
         if founding:
             infos = [MemberInfo(i.member, i.nonce, i.host, i.port, True) for i in infos]
             for info in infos:
                 self.peers[info.member].info = info
+        self._verdicts.update({(v.lane, v.seq): v for v in given_up(reports, lanes)})
         verdicts = [v for v in self._verdicts.values() if v.lane not in lanes or lanes[v.lane].complete < v.seq]
         decision = Decision(
             epoch=change.epoch,
@@ -504,7 +501,8 @@ class Coordinator:
             return []
         oldest = min(self.peers[m].beaten for m in self.members)
         for (lane, seq), (member, since) in list(self._stalls.items()):
-            if oldest <= since:
+            # They may have waited for nothing but our word, if we were away: a little more time for all.
+            if oldest <= since or now - since < self.options.heartbeat_timeout:
                 continue
             del self._stalls[lane, seq]
             rows = {m: {s.lane: s for s in self.peers[m].lanes} for m in self.members}
@@ -515,19 +513,18 @@ class Coordinator:
     def _judge_stall(
         self, rows: dict[int, dict[str, LaneStatus]], lane: str, seq: int, member: int, now: float
     ) -> list[Action]:
-        absent, crossed = judge_stall(rows, lane, seq)
-        if crossed:
-            for name, number in crossed:
-                text = f"operations {crossed} (lane, number) wait for each other on different members"
-                self._verdicts.setdefault((name, number), Verdict(name, number, "crossed", text))
-            return self._begin()
-        if absent:
+        judgement = judge_stall(rows, lane, seq, self.options.op_timeout)
+        if judgement.absent:
             late = f"absent from operation {seq} of lane {lane!r} for {self.options.op_timeout:g} s"
-            return self._lose(absent, late)
-        # Everybody is in it and it does not move: some link is dead without a sound.
-        for link in silent_links(rows, lane, seq) or [(member, member)]:
-            self._broken.setdefault(link, now - self.options.heartbeat)
-        return []
+            return self._lose(judgement.absent, late)
+        if judgement.stuck:
+            for link in silent_links(rows, *judgement.stuck) or [(member, member)]:
+                self._broken.setdefault(link, now - self.options.heartbeat)
+            return []
+        for name, number in judgement.crossed:
+            text = f"operations {judgement.crossed} (lane, number) wait for each other on different members"
+            self._verdicts.setdefault((name, number), Verdict(name, number, "crossed", text))
+        return self._begin()
 
     def _tell_waiting(self) -> list[Action]:
         waiting = len(self.waiting)
@@ -552,23 +549,3 @@ class Coordinator:
             for info in self.decision.members:
                 self.peers[info.member] = Peer(info, None, now)
                 self._transports[info.member] = self.decision.transport
-
-
-def frontiers(reports: dict[int, dict[str, LaneReport]]) -> dict[str, LaneFrontier]:
-    """Rule R3: per lane the highest complete operation, or the one behind it if all survivors staged that attempt.
-
-    Args:
-        reports: per survivor, its lanes; a survivor without a lane never used it.
-
-    """
-    lanes: dict[str, LaneFrontier] = {}
-    for name in sorted({name for lanes in reports.values() for name in lanes}):
-        rows = [report.get(name, LaneReport(0, 0, 0, 0, 0)) for report in reports.values()]
-        complete, epoch = max((row.complete, row.complete_epoch) for row in rows)
-        attempts = {(row.staged, row.staged_epoch) for row in rows}
-        if len(attempts) == 1:
-            staged, staged_epoch = attempts.pop()
-            if staged > complete:
-                complete, epoch = staged, staged_epoch
-        lanes[name] = LaneFrontier(complete, epoch, max(row.entered for row in rows))
-    return lanes

@@ -50,7 +50,8 @@ class Lane:
 
     def report(self) -> LaneReport:
         """Rule R3's report of this lane."""
-        return LaneReport(self.complete, self.complete_epoch, self.staged, self.staged_epoch, self.entered)
+        left = self.entered - self.busy
+        return LaneReport(self.complete, self.complete_epoch, self.staged, self.staged_epoch, self.entered, left)
 
     def finish(self, seq: int, epoch: int) -> None:
         """Operation `seq` is complete by the attempt of `epoch`."""
@@ -251,7 +252,9 @@ class Member:
         for verdict in decision.verdicts:
             lane = self.lane(verdict.lane)
             if lane.entered < verdict.seq or (lane.entered == verdict.seq and lane.busy):
-                self.verdicts[verdict.lane, verdict.seq] = self._error(verdict.error, verdict.message)
+                # The first one stands: other members may have raised it already.
+                key = (verdict.lane, verdict.seq)
+                self.verdicts.setdefault(key, self._error(verdict.error, verdict.message))
         if first or decision.admitted:
             for lane in self.lanes.values():
                 lane.view = decision.epoch

@@ -109,7 +109,8 @@ class LaneReport(Message, frozen=True):
     """Rule R3: what a fenced member says of one lane.
 
     `complete` is the highest complete sequence number and `complete_epoch` the attempt that completed it; `staged`
-    with `staged_epoch` the operation that is staged and not yet complete (0, 0: none); `entered` the last one entered.
+    with `staged_epoch` the operation that is staged and not yet complete (0, 0: none); `entered` the last one entered;
+    `left` the last one that was left, by result or by error.
     """
 
     complete: Count
@@ -117,6 +118,7 @@ class LaneReport(Message, frozen=True):
     staged: Count
     staged_epoch: Count
     entered: Count
+    left: Count
 
 
 class Report(Message, frozen=True):

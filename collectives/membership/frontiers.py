@@ -1,0 +1,42 @@
+"""Rule R3's arithmetic: where a lane goes on follows from what all survivors report of it. Called by the coordinator."""
+
+from collections.abc import Mapping
+
+from collectives.membership.protocol import LaneFrontier, LaneReport, Verdict
+
+_UNUSED = LaneReport(0, 0, 0, 0, 0, 0)
+"""What a member says of a lane that it never used."""
+
+Reports = Mapping[int, Mapping[str, LaneReport]]
+"""Per survivor, its lanes."""
+
+
+def frontiers(reports: Reports) -> dict[str, LaneFrontier]:
+    """Per lane the highest complete operation, or the one behind it if all survivors staged that attempt."""
+    lanes: dict[str, LaneFrontier] = {}
+    for name in sorted({name for lanes in reports.values() for name in lanes}):
+        rows = [report.get(name, _UNUSED) for report in reports.values()]
+        complete, epoch = max((row.complete, row.complete_epoch) for row in rows)
+        attempts = {(row.staged, row.staged_epoch) for row in rows}
+        if len(attempts) == 1:
+            staged, staged_epoch = attempts.pop()
+            if staged > complete:
+                complete, epoch = staged, staged_epoch
+        lanes[name] = LaneFrontier(complete, epoch, max(row.entered for row in rows))
+    return lanes
+
+
+def given_up(reports: Reports, lanes: Mapping[str, LaneFrontier]) -> list[Verdict]:
+    """Operations that a survivor has left by an error of its own view (rule R6) and others have still before them.
+
+    It takes no part in them any more, so they can never be complete: the others end them with `MemberLost` too.
+    """
+    verdicts: list[Verdict] = []
+    for name, frontier in lanes.items():
+        left = {member: report.get(name, _UNUSED).left for member, report in reports.items()}
+        first = max(frontier.complete, min(left.values())) + 1
+        for seq in range(first, max(left.values()) + 1):
+            who = ", ".join(str(member) for member in left if left[member] >= seq)
+            text = f"operation {seq} of lane {name!r} was ended by a loss that member {who} saw before others called it"
+            verdicts.append(Verdict(name, seq, "lost", text[:2000]))
+    return verdicts
