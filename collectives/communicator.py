@@ -324,8 +324,8 @@ class Communicator(Collectives):
     def _link_failed(self, epoch: int, peer: int) -> None:
         assert self._session is not None
         with self._session.changed:
-            messages = self._session.core.link_down(epoch, peer)
-        self._session.post(messages)
+            core = self._session.core
+            self._session.post(core.link_down(epoch, peer or core.member))
 
     def _recovered(self, epoch: int) -> None:
         self._tell({"event": "recovered", "time": time.time(), "epoch": epoch})

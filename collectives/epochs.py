@@ -55,6 +55,7 @@ class Epochs:
         self._next: tuple[Decision, int] | None = None
         self._wake = threading.Condition(self._lock)
         self._building: GlooTransport | None = None
+        self._abandoned = False
         self._current: tuple[int, GlooTransport] | None = None
         self._closed = False
         self._old: list[threading.Thread] = []
@@ -75,6 +76,7 @@ class Epochs:
         """Abort what is in use and what is being built; does not block."""
         with self._lock:
             self._next = None
+            self._abandoned = True
             for transport in (self._building, self._current and self._current[1]):
                 if transport is not None:
                     transport.abort()
@@ -83,6 +85,7 @@ class Epochs:
         """Build the transport of a new epoch, in which we are `member`; does not block."""
         with self._wake:
             self._next = (decision, member)
+            self._abandoned = True
             if self._building is not None:
                 self._building.abort()
             self._wake.notify_all()
@@ -90,7 +93,7 @@ class Epochs:
     def close(self) -> None:
         """Take everything down; blocks for a short bounded time."""
         with self._wake:
-            self._closed = True
+            self._closed = self._abandoned = True
             if self._building is not None:
                 self._building.abort()
             self._wake.notify_all()
@@ -108,36 +111,44 @@ class Epochs:
                     return
                 assert self._next is not None
                 decision, member = self._next
-                self._next = None
-                transport = self._building = self._make(decision, member)
+                self._next, self._abandoned = None, False
             self._retire()
-            self._build(decision, transport)
+            self._build(decision, member)
+
+    def _build(self, decision: Decision, member: int) -> None:
+        transport: GlooTransport | None = None
+        failure: TransportLost | OSError | None = None
+        try:
+            transport = self._make(decision, member)
+            transport.connect(self._options.op_timeout)
+        except (TransportLost, OSError) as error:  # OSError: no descriptor left, for one
+            failure = error
+        with self._lock:
+            self._building, abandoned = None, self._abandoned
+            if failure is None and transport is not None:
+                self._current = (decision.epoch, transport)
+        if failure is None:
+            self._on_ready(decision.epoch)
+            return
+        if transport is not None:
+            transport.close()
+        if not abandoned:
+            log.warning("epoch %d could not be built: %s", decision.epoch, failure)
+            peer = failure.peer if isinstance(failure, TransportLost) else None
+            self._on_failure(decision.epoch, 0 if peer is None else decision.members[peer].member)
 
     def _make(self, decision: Decision, member: int) -> GlooTransport:
         rank = [info.member for info in decision.members].index(member)
         addresses = [(info.host, info.port) for info in decision.members]
         make = TRANSPORTS[self._kind]
-        return make(
+        transport = make(
             self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, hostname=self._options.listen
         )
-
-    def _build(self, decision: Decision, transport: GlooTransport) -> None:
-        failure: TransportLost | None = None
-        try:
-            transport.connect(self._options.op_timeout)
-        except TransportLost as error:
-            failure = error
         with self._lock:
-            self._building = None
-            if failure is None:
-                self._current = (decision.epoch, transport)
-        if failure is None:
-            self._on_ready(decision.epoch)
-            return
-        transport.close()
-        if failure.peer is not None:
-            log.info("epoch %d: %s", decision.epoch, failure)
-            self._on_failure(decision.epoch, decision.members[failure.peer].member)
+            self._building = transport
+            if self._abandoned:
+                transport.abort()
+        return transport
 
     def _retire(self) -> None:
         """Close the transport of the last epoch in a thread of its own: gloo may take its time."""
