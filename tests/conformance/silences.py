@@ -4,12 +4,14 @@ import os
 import socket
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 
 from collectives import faults
 from collectives.communicator import Communicator
-from collectives.errors import Evicted
+from collectives.errors import Evicted, TransportLost
+from collectives.transports.gloo import GlooTransport
 from tests.conformance.lanes import ask_for_error
 from tests.conformance.losses import goes_on, input_of
 from tests.conformance.values import reduced
@@ -114,3 +116,27 @@ def slow(peer: Peer) -> list[int]:
     seen = reduce_rightly(comm, 1)
     comm.leave()
     return seen
+
+
+def unbuilt(peer: Peer, failure: str) -> dict[str, Any]:
+    """On rank 1 the first transport after a loss cannot be built, for a reason that names no peer."""
+    comm = peer.join()
+    assert goes_on(comm)
+    rank = comm.rank
+    if rank == 2:
+        comm.leave()
+        return {}
+    original = GlooTransport.connect
+    failures = [OSError(24, "Too many open files") if failure == "system" else TransportLost("gloo could not connect")]
+
+    def connect(transport: GlooTransport, timeout: float) -> None:
+        original(transport, timeout)
+        if failures and rank == 1:
+            raise failures.pop()
+
+    with mock.patch.object(GlooTransport, "connect", connect):
+        while len(seen := reduce_rightly(comm, 2)) == 3:
+            time.sleep(0.01)
+        assert goes_on(comm)
+    comm.leave()
+    return {"seen": seen, "fired": not failures, "epochs": [e["lost"] for e in peer.events if e["event"] == "epoch"]}

@@ -56,3 +56,12 @@ def test_r11_a_link_that_fails_again_costs_one_of_its_ends_its_place() -> None:
         results = {result["rank"]: result for result in cluster.run(silences.cut, 3, times=2)}
     assert "links to [1] failed twice" in results[2]["said"]
     assert results[0]["seen"] == results[1]["seen"] == [[1, 2, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("failure", ["transport", "system"])
+def test_r11_an_epoch_that_cannot_be_built_is_followed_by_another(failure: str) -> None:
+    with Cluster(founders=3) as cluster:
+        results = [result for result in cluster.run(silences.unbuilt, 3, failure=failure) if result]
+    assert [result["seen"] for result in results] == [[1, 2], [1, 2]]
+    assert sum(result["fired"] for result in results) == 1
+    assert [result["epochs"][:3] for result in results] == [[[], [3], []]] * 2
