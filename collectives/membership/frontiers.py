@@ -1,4 +1,4 @@
-"""Rule R3's arithmetic: where a lane goes on follows from what all survivors report of it. Called by the coordinator."""
+"""Rule R3's arithmetic: where a lane goes on, from what all survivors report of it. Called by the coordinator."""
 
 from collections.abc import Mapping
 

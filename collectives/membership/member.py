@@ -113,6 +113,16 @@ class Member:
         """Member ids of the current epoch by rank."""
         return self.past.get(self.epoch, ())
 
+    @property
+    def needs_coordinator(self) -> bool:
+        """Whether something waits for the coordinator: a change, or what it was asked and has not answered.
+
+        An operation that is under way for too long counts: with its links dead without a sound, this member would wait
+        for ever.
+        """
+        interrupted = any(lane.interrupted == self.epoch for lane in self.lanes.values())
+        return self.epoch > 0 and (self.fenced or interrupted or bool(self.outstanding))
+
     def lane(self, name: str) -> Lane:
         """Return the lane of that name; it starts to exist with its first use."""
         if name not in self.lanes:

@@ -28,7 +28,6 @@ from collectives.membership.protocol import (
     Prepare,
     Refused,
     Resume,
-    Stalled,
     Waiting,
     Welcome,
     decode_from_coordinator,
@@ -161,12 +160,9 @@ class Session:
                 pause = min(2 * pause, 0.5)
 
     def _needs_coordinator(self) -> bool:
+        self._stalled(self._statuses())
         with self.changed:
-            core = self.core
-            interrupted = any(lane.interrupted == core.epoch for lane in core.lanes.values())
-            # An operation that merely takes long may still end.
-            asked = any(not isinstance(message, Stalled) for message in core.outstanding.values())
-            return core.epoch > 0 and (core.fenced or interrupted or asked)
+            return self.core.needs_coordinator
 
     def _give_up_if_late(self, needed: float) -> None:
         seconds = self._options.coordinator_timeout
