@@ -13,7 +13,7 @@ from tests.harness.residents import Residents
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Residents]:
-    with Residents(3, op_timeout=1.0) as residents:
+    with Residents(3, heartbeat=0.1, heartbeat_timeout=2.0, op_timeout=1.0) as residents:
         yield residents
 
 
