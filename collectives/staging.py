@@ -15,6 +15,8 @@ from torch import Tensor
 
 SMALL = 64 * 1024
 """Smaller buffers come from the ordinary allocator, which reuses its memory well enough (bytes)."""
+PATIENCE = 256
+"""A buffer that was not taken while others were, so many times, goes back to the system."""
 _HUGE = 2 * 1024 * 1024
 
 
@@ -48,14 +50,14 @@ _FREE = _Block(mmap.PAGESIZE).references()
 class StagingPool:
     """Hands out flat uninitialized tensors and uses their memory again. For any thread.
 
-    At rest it keeps as many bytes as twice the largest buffer that was asked for, and drops the longest unused first.
-    A tensor of the pool is ordinary but for one thing: its storage cannot be resized.
+    When it hands out a buffer, it drops free ones, the longest unused first, until all that is free makes up no more
+    than twice the largest; and those that were not used for the last PATIENCE times. A tensor of the pool is ordinary
+    but for one thing: its storage cannot be resized.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: list[_Block] = []
-        self._largest = 0
         self._clock = 0
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -66,7 +68,6 @@ class StagingPool:
         with self._lock:
             self._clock += 1
             capacity = _rounded(size)
-            self._largest = max(self._largest, capacity)
             fits = [b for b in self._blocks if size <= b.capacity <= 2 * capacity and b.references() == _FREE]
             if fits:
                 block = min(fits, key=lambda b: (b.capacity, -b.last_use))
@@ -75,7 +76,7 @@ class StagingPool:
                 self._blocks.append(block)
             block.last_use = self._clock
             tensor = block.tensor(count, dtype)
-            self._trim()
+            self._trim(block)
             return tensor
 
     def idle_bytes(self) -> int:
@@ -83,15 +84,14 @@ class StagingPool:
         with self._lock:
             return sum(block.capacity for block in self._blocks if block.references() == _FREE)
 
-    def _trim(self) -> None:
-        """Drop free blocks, longest unused first, until the rest is within bounds. Called under the lock."""
+    def _trim(self, taken: _Block) -> None:
+        """Drop free blocks; the one that was just taken counts as one that will be free. Called under the lock."""
         free = sorted((b for b in self._blocks if b.references() == _FREE), key=lambda b: b.last_use)
-        excess = sum(block.capacity for block in free) - 2 * self._largest
+        excess = sum(b.capacity for b in free) + taken.capacity - 2 * max(b.capacity for b in self._blocks)
         for block in free:
-            if excess <= 0:
-                return
-            excess -= block.capacity
-            self._blocks.remove(block)
+            if excess > 0 or self._clock - block.last_use > PATIENCE:
+                excess -= block.capacity
+                self._blocks.remove(block)
 
 
 def _rounded(size: int) -> int:

@@ -150,7 +150,8 @@ class _Hand:
         self.transport.connect(timeout)
 
     def do_abort(self) -> None:
-        self.transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
     def do_close(self) -> None:
         self.transport.close()
