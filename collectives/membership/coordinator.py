@@ -204,8 +204,7 @@ class Coordinator:
                 return self._stalled(member, message, now)
             case Leave():
                 self._left.add(member)
-                bye = Evict("left", f"member {member} left: {message.reason}")
-                return [Send(connection, bye), *self._lose([member], "left")]
+                return self._lose([member], message.reason)
             case _:
                 return [Send(connection, Refused(f"unexpected {type(message).__name__}")), Close(connection)]
 
@@ -336,7 +335,7 @@ class Coordinator:
         return ""
 
     def _dissolve(self, reason: str) -> list[Action]:
-        """Refuse to go on: every member is told, and the run is founded anew by whoever joins next."""
+        """Refuse to go on: every member is told; whoever joins next has no state to go on from."""
         members = self.members
         actions: list[Action] = []
         for member in members:
@@ -394,25 +393,29 @@ class Coordinator:
         self._announced_waiting = 0
 
     def _lose(self, members: Sequence[int], why: str) -> list[Action]:
-        """Take these peers for dead; a change under way starts again without them under a new number."""
+        """Take these peers for dead; a change under way starts again without them under a new number.
+
+        They are told behind what follows from it: that the last member left must be on disk before it goes.
+        """
         present = set(self.members)
-        actions: list[Action] = []
+        farewells: list[Action] = []
         for member in members:
             connection = self.peers[member].connection
             if connection is not None:
-                self._connections.pop(connection, None)
-                if member not in self._left:
-                    reason = f"member {member} was taken for dead: {why}; join again"
-                    actions.append(Send(connection, Evict("evicted", reason)))
-                actions.append(Close(connection))
+                farewells += [Send(connection, self._farewell(member, why)), Close(connection)]
             self._forget(member)
         if present and not self.members:
-            return actions + self._empty(ended=self._left.issuperset(present)) + self._consider()
+            return self._empty(ended=self._left.issuperset(present)) + self._consider() + farewells
         if present.intersection(members) or (self.change and set(self.change.members).intersection(members)):
             self.change = None
             # Only joiners of a founding may be gone, then nobody is left to begin with.
-            return actions + (self._begin() if self.members else self._consider())
-        return actions + self._consider()
+            return (self._begin() if self.members else self._consider()) + farewells
+        return self._consider() + farewells
+
+    def _farewell(self, member: int, why: str) -> Evict:
+        if member in self._left:
+            return Evict("left", f"member {member} left: {why}")
+        return Evict("evicted", f"member {member} was taken for dead: {why}; join again")
 
     def _forget(self, member: int) -> None:
         peer = self.peers.pop(member)

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -56,9 +57,16 @@ class CoordinatorServer:
         """Bind the socket. Raises `UsageError` if the address cannot be had."""
         tls = server_tls(self._options)
         try:
-            self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=tls, backlog=512)
+            self._server = await asyncio.start_server(
+                self._serve,
+                self.host,
+                self.port,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
+                backlog=512,
+            )
         except OSError as error:
-            why = "the port is in use" if error.errno == 98 else str(error)
+            why = "the port is in use" if error.errno == errno.EADDRINUSE else str(error)
             raise UsageError(f"cannot listen on {self.host}:{self.port}: {why}; choose another --listen") from None
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -82,7 +90,7 @@ class CoordinatorServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._options.heartbeat / 4)
-            self._perform(self._coordinator.on_tick(time.monotonic()))
+            self._perform(self._coordinator.on_tick)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -116,22 +124,26 @@ class CoordinatorServer:
             pass
         finally:
             if self._channels.pop(connection, None) is not None:
-                self._perform(self._coordinator.on_closed(connection, time.monotonic()))
+                self._perform(self._coordinator.on_closed, connection)
             channel.close()
 
     def _handle(self, connection: int, message: FromPeer) -> None:
         if connection in self._channels:
-            self._perform(self._coordinator.on_message(connection, message, time.monotonic()))
+            self._perform(self._coordinator.on_message, connection, message)
 
-    def _perform(self, actions: list[Action]) -> None:
-        """Do the actions in order; a record is durable before anything behind it is sent."""
+    def _perform(self, event: Callable[..., list[Action]], *given: object) -> None:
+        """Do what follows from an event, in order; a record is durable before anything behind it is sent."""
         if self._stopped.is_set():
             return
         try:
-            for action in actions:
+            for action in event(*given, time.monotonic()):
                 self._do(action)
         except JournalError as error:
             self._fail(error)
+        except Exception as error:
+            # Nobody knows what state this is; the journal does. Start again from there.
+            log.exception("the coordinator failed")
+            self._fail(RingholdError(f"the coordinator failed: {error!r}; this is a defect, please report it"))
 
     def _do(self, action: Action) -> None:
         match action:
