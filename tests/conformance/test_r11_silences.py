@@ -8,7 +8,7 @@ from tests.harness.cluster import Cluster
 
 @pytest.mark.parametrize("point", ["enter", "transfer", "staged", "confirmed"])
 def test_r11_a_stopped_member_is_evicted_and_its_bytes_reach_nobody(point: str) -> None:
-    with Cluster(founders=3, heartbeat=0.1, heartbeat_timeout=1.2) as cluster:
+    with Cluster(founders=3, heartbeat=0.1, heartbeat_timeout=2.0) as cluster:
         joined = cluster.peers(silences.stopped, 3, point=point)
         members = sorted(joined, key=lambda process: process.expect("rank")["rank"])
         assert members[1].expect("here")["where"].startswith(point)
@@ -28,7 +28,7 @@ def test_r11_a_stopped_member_is_evicted_and_its_bytes_reach_nobody(point: str) 
 
 
 def test_r11_a_member_that_does_not_come_is_evicted_after_the_operation_timeout() -> None:
-    with Cluster(founders=3, heartbeat=0.1, heartbeat_timeout=1.5, op_timeout=0.7) as cluster:
+    with Cluster(founders=3, heartbeat=0.1, heartbeat_timeout=2.0, op_timeout=0.7) as cluster:
         results = cluster.run(silences.absent, 3)
     gone = [result["said"] for result in results if "said" in result]
     assert len(gone) == 1
