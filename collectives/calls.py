@@ -183,7 +183,9 @@ class Collectives(ABC):
         return self._start(operation, async_op)
 
     def _common(self, how: How) -> dict[str, Any]:
-        """Fill in the defaults and what the caller sees now."""
+        """Fill in the defaults and what the caller sees now. Raises `TypeError` on an unknown keyword."""
+        if unknown := sorted(how.keys() - How.__optional_keys__):
+            raise TypeError(f"unknown keyword {unknown[0]!r}; there are {', '.join(sorted(How.__optional_keys__))}")
         lane = how.get("lane", MAIN)
         return {
             "lane": lane,

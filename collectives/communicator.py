@@ -94,17 +94,21 @@ class Communicator(Collectives):
             on_ready=lambda epoch: comm._ready(epoch),
             on_failure=lambda epoch, peer: comm._link_failed(epoch, peer),
         )
-        session = Session(
-            address,
-            run,
-            secret,
-            chosen,
-            transport,
-            epochs.address,
-            on_fence=epochs.fence,
-            on_decision=lambda decision: comm._decided(decision),
-            on_event=lambda event: comm._tell(event),
-        )
+        try:
+            session = Session(
+                address,
+                run,
+                secret,
+                chosen,
+                transport,
+                epochs.address,
+                on_fence=epochs.fence,
+                on_decision=lambda decision: comm._decided(decision),
+                on_event=lambda event: comm._tell(event),
+            )
+        except BaseException:
+            epochs.close()
+            raise
         group = Group(session, epochs, chosen.check_inputs, lambda epoch: comm._recovered(epoch))
         comm = cls(group, session, epochs)
         if on_event is not None:
