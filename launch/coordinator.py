@@ -19,10 +19,12 @@ from launch.child import REPORT_FD, Link
 @click.command("coordinator")
 @click.option("--listen", default="127.0.0.1:29400", show_default=True, metavar="HOST:PORT", help="Where to listen.")
 @click.option(
-    "--run", "run_name", default="train", show_default=True, help="Name of the run; peers of another are refused."
+    "--run", "run_name", default="default", show_default=True, help="Name of the run; peers of another are refused."
 )
 @click.option(
-    "--journal", type=click.Path(dir_okay=False, path_type=Path), help="Journal file.  [default: ringhold-RUN.journal]"
+    "--journal",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Journal file.  [default: ringhold-RUN.journal, made by the first start]",
 )
 @click.option("--new", is_flag=True, help="Start a new run: the journal must not hold one.")
 @click.option(
@@ -46,7 +48,10 @@ def command(listen: str, run_name: str, journal: Path | None, new: bool, token_f
         link.listen(lambda command: None)
     try:
         host, port = console.split_address(listen, "--listen")
-        path = _journal(journal or Path(f"ringhold-{run_name}.journal"), new)
+        path = journal or Path(f"ringhold-{run_name}.journal")
+        # A journal that was named and is not there is a mistake; that of the default name is made by the first start.
+        new = new or (journal is None and not path.exists())
+        _check_journal(path, new)
         chosen = Options.resolve({name: value for name, value in options.items() if value is not None})
         token = _token(token_file)
         try:
@@ -71,13 +76,12 @@ def command(listen: str, run_name: str, journal: Path | None, new: bool, token_f
     return 0
 
 
-def _journal(path: Path, new: bool) -> Path:
+def _check_journal(path: Path, new: bool) -> None:
     """Refuse what only a mistyped command can mean; the journal itself judges its content."""
     if not new and not path.exists():
         raise UsageError(f"there is no journal {path}; name the right one with --journal, or start a run with --new")
     if new and path.exists() and path.stat().st_size:
         raise UsageError(f"the journal {path} holds a run; drop --new to go on with it, or name another with --journal")
-    return path
 
 
 def _remove_unused(path: Path, new: bool) -> None:

@@ -17,7 +17,7 @@ from launch.display import print_table
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--attach", "address", metavar="HOST:PORT", help="Ask the coordinator of a running job instead.")
-@click.option("--run", "run_name", default="train", show_default=True, help="With --attach: the name of the run.")
+@click.option("--run", "run_name", default="default", show_default=True, help="With --attach: the name of the run.")
 def command(as_json: bool, address: str | None, run_name: str) -> int:
     """Check what works on this machine and what follows from it.
 

@@ -39,7 +39,7 @@ class Request:
     faults: tuple[Planned, ...] = ()
     coordinator: str = ""
     """HOST:PORT of a coordinator that runs elsewhere; empty: we host one."""
-    run: str = "train"
+    run: str = "default"
     transport: str = "gloo"
     restart: bool = False
     pace: float = 0.0

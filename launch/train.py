@@ -43,7 +43,7 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option(
     "--coordinator", metavar="HOST:PORT", help="Join this coordinator.  [default: RINGHOLD_COORDINATOR, else our own]"
 )
-@click.option("--run", "run_name", default="train", show_default=True, help="Name of the run.")
+@click.option("--run", "run_name", default="default", show_default=True, help="Name of the run.")
 @click.option("--transport", default="gloo", show_default=True, help="What carries the tensors.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.  [default: runs/TIME]"

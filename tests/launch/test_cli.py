@@ -190,7 +190,7 @@ def refused(tmp_path: Path, *arguments: str, token: str = "secret") -> tuple[int
 
 
 def test_the_coordinator_runs_in_the_foreground(tmp_path: Path) -> None:
-    with coordinator(tmp_path, "--new", "--run", "exp1") as first:
+    with coordinator(tmp_path, "--run", "exp1") as first:  # the journal of the default name is made
         assert first.stdout is not None
         line = first.stdout.readline()
         assert line.startswith("coordinator of run 'exp1' listens on 127.0.0.1:")
@@ -212,7 +212,7 @@ def test_the_coordinator_runs_in_the_foreground(tmp_path: Path) -> None:
 
 
 def test_what_the_coordinator_refuses(tmp_path: Path) -> None:
-    code, line = refused(tmp_path)
+    code, line = refused(tmp_path, "--journal", "mistyped.journal")
     assert (code, "--new" in line) == (2, True)
     code, line = refused(tmp_path, "--new", token="")
     assert (code, "RINGHOLD_TOKEN" in line) == (2, True)
