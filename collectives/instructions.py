@@ -50,7 +50,7 @@ class Machine:
         self._item = staging.element_size()
         self._source_bytes = _bytes(source) if source.dtype == staging.dtype else memoryview(b"")
         self._staging_bytes = _bytes(staging)
-        self._scratch_bytes = _bytes(scratch)
+        self._scratch_bytes = _bytes(scratch) if scratch.numel() else memoryview(b"")
 
     def data(self, start: int, stop: int, offset: int) -> Tensor:
         """Where the range can be read."""

@@ -140,7 +140,7 @@ class GlooTransport(Transport):
         """Post a note; see `Transport.post_note`."""
         pending = self._links.post(peer, note, channel)
         if isinstance(pending, Posted):  # while this thread waits in gloo, nobody else might move it
-            self._links.flush_behind(peer, pending.number)
+            self._links.flush_behind(peer)
         return pending
 
     def recv_note_into(self, peer: int, into: memoryview, channel: int) -> None:

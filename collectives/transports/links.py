@@ -86,6 +86,7 @@ class PeerLinks:
         self._inbox: dict[tuple[int, int], deque[bytes]] = {}
         self._aborted = False
         self._closed = False
+        self._flushing: set[int] = set()
         self._flushers: list[threading.Thread] = []
 
     def connect(self, timeout: float) -> None:
@@ -114,9 +115,9 @@ class PeerLinks:
         """
         self._refuse()
         link = self._links[peer]
-        number = link.write(note, channel, keep=False)
+        link.write(note, channel, keep=False)
         if link.unsent:
-            self.flush_behind(peer, number)
+            self.flush_behind(peer)
 
     def post(self, peer: int, note: memoryview, channel: int) -> Pending:
         """Begin to send a note whose memory stays as it is until it is sent. Errors as with `send`."""
@@ -139,11 +140,14 @@ class PeerLinks:
         if not link.is_sent(number):
             self._wait((peer, _SENT, number), lambda: link.is_sent(number) or None)
 
-    def flush_behind(self, peer: int, number: int) -> None:
-        """See to it that a note goes out even if nobody waits here meanwhile."""
+    def flush_behind(self, peer: int) -> None:
+        """See to it that what is under way to `peer` goes out even if nobody waits here meanwhile."""
         self._watch(self._links[peer])
-        flusher = threading.Thread(target=self._flush, args=(peer, number), name="ringhold-flush", daemon=True)
         with self._mutex:
+            if peer in self._flushing:
+                return
+            self._flushing.add(peer)
+            flusher = threading.Thread(target=self._flush, args=(peer,), name="ringhold-flush", daemon=True)
             self._flushers = [thread for thread in self._flushers if thread.is_alive()]
             self._flushers.append(flusher)
             flusher.start()
@@ -322,11 +326,20 @@ class PeerLinks:
         for waiter in self._waiting.values():
             _release(waiter)
 
-    def _flush(self, peer: int, number: int) -> None:
+    def _flush(self, peer: int) -> None:
+        """Thread body: wait, and so perhaps lead, until nothing is under way to `peer`."""
+        link = self._links[peer]
+
+        def idle() -> bool | None:
+            if link.unsent and link.lost is None:
+                return None
+            self._flushing.discard(peer)
+            return True
+
         try:
-            self.sent(peer, number)
+            self._wait((peer, _SENT, 0), idle)
         except TransportLost:
-            return  # whoever reads or writes on this link next is told
+            return  # aborted: nothing goes out any more
 
 
 def _release(waiter: threading.Lock) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives.staging import PATIENCE, SMALL, StagingPool
+from collectives.staging import PATIENCE, SMALL, StagingPool, copy_out
 
 MANY = 300_000
 """Elements of a buffer that comes from the pool's own memory."""
@@ -100,3 +100,29 @@ def test_threads_never_share_a_buffer() -> None:
     for thread in threads:
         thread.join()
     assert not clashes
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.zeros(6, dtype=torch.float32),
+        torch.zeros(2, 3, dtype=torch.bfloat16),
+        torch.zeros(3, 2, dtype=torch.float64).t(),
+        torch.zeros(12, dtype=torch.float32)[::2],
+        torch.zeros(2, 3, dtype=torch.complex64).conj(),
+        torch.zeros(6, dtype=torch.float32, requires_grad=True),
+    ],
+    ids=["flat", "bfloat16", "transposed", "strided", "conjugate", "leaf"],
+)
+def test_copying_out_fills_any_tensor(target: Tensor) -> None:
+    for dtype in (torch.float32, target.dtype):
+        version = target._version
+        copy_out(torch.arange(1, 7).to(dtype), target)
+        assert target.detach().reshape(-1).resolve_conj().tolist() == [1, 2, 3, 4, 5, 6]
+        assert target._version > version, "autograd must notice"
+
+
+def test_copying_out_fills_a_scalar() -> None:
+    scalar = torch.zeros(5)[2]
+    copy_out(torch.ones(1), scalar)
+    assert scalar.item() == 1
