@@ -2,8 +2,9 @@
 
 Built by the membership for each epoch. What one has to know about gloo: a receive blocks for ever when its peer is
 stopped, and when a rank that is no neighbour dies; neither `abort` nor `shutdown` of the group wakes it. What does is a
-receive that *times out*: gloo then closes every connection of that context, and whatever is blocked in it raises. That
-is what `abort` does ("poison"), from a thread of its own.
+receive that *times out*: gloo then closes every connection of that context, and whatever is blocked in it raises, but
+for operations whose bytes are half way. So `abort` wakes each wait by itself (`gloo_wake`), and closes the connections
+by such a timeout ("poison"), from a thread of its own.
 """
 
 import threading
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from collectives.errors import RingholdError, TransportLost
 from collectives.transports.base import CHANNELS, Pending, Transport
+from collectives.transports.gloo_wake import can_wake, wake
 from collectives.transports.links import PeerLinks, Posted
 from collectives.transports.mesh import LinkListener
 from collectives.transports.store import LinkStore
 
 INLINE_LIMIT = 2**20
-_FOREVER = timedelta(days=30)
-"""Waits end by `abort` alone; gloo needs a number."""
+_PATIENCE = timedelta(days=30) if can_wake() else timedelta(seconds=60)
+"""Waits end by `abort` alone; gloo needs a number. Where `abort` cannot wake them all, it must be a small one."""
 _POISON_TAG = CHANNELS
 _CLOSE_SECONDS = 2.0
 
@@ -45,9 +47,11 @@ class _GlooPending(Pending):
         if work is None:
             raise TransportLost("the transport of this operation was closed")
         try:
-            work.wait(_FOREVER)
+            done = work.wait(_PATIENCE)
         except RuntimeError as error:
             raise self._transport.lost(error, self._peer) from None
+        if not done:
+            raise TransportLost("the transport of this epoch was aborted")
         self._transport.settled(self)
         self.drop()
 
@@ -154,8 +158,12 @@ class GlooTransport(Transport):
                 return
             self._aborted = True
             group = self._group
+            inflight = [pending.work for pending in self._inflight]
         self._links.abort()
         self._built.set()
+        for work in inflight:
+            if work is not None:
+                wake(work)
         if group is not None:
             self._help(lambda: _poison(group), "ringhold-poison")
 
@@ -197,6 +205,7 @@ class GlooTransport(Transport):
         pending = _GlooPending(self, work, data, peer)
         with self._lock:
             self._inflight.add(pending)
+        self._refuse()  # `abort` may have been too early to see it
         return pending
 
     def _refuse(self) -> None:
