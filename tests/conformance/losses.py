@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from collectives import faults
 from collectives.algorithms import ring
 from collectives.communicator import Communicator
-from collectives.errors import MemberLost
+from collectives.confirm import confirm
+from collectives.errors import MemberLost, TransportLost
 from collectives.outcome import Outcome
+from collectives.transports.base import Transport
 from tests.conformance.values import exact, reduced
 from tests.harness.peer import Peer, bits
 
@@ -118,3 +121,57 @@ def mortal(peer: Peer, kind: str, point: str, size: str, victims: list[int], alg
         peer.say("report", **witness(comm, kind, size, number, root, algorithm=algorithm))
         assert goes_on(comm)
     comm.leave()
+
+
+def cascade(peer: Peer, event: str) -> dict[str, Any]:
+    """Rank 1 dies in an operation, rank 3 while the membership changes for that; the others go on."""
+    comm = peer.join()
+    assert goes_on(comm)
+    if comm.rank == 1:
+        faults.arm("transfer", dying(peer))
+    if comm.rank == 3:
+        die = dying(peer)
+        comm.on_event(lambda one: die(one["event"]) if one["event"] == event else None)
+    report = witness(comm, "all_reduce", "bulk", 2, 0)
+    assert goes_on(comm)
+    comm.leave()
+    return report
+
+
+def only_finisher(peer: Peer, kind: str, point: str) -> dict[str, Any]:
+    """Rank 1 dies right after it alone has learned that everybody staged; the others' confirmations never arrive."""
+    comm = peer.join()
+    assert goes_on(comm)
+    if comm.rank == 1:
+        faults.arm(point, dying(peer), kind=kind.split(maxsplit=1)[0])
+        return witness(comm, kind, "bulk", 2, 0)
+
+    def confirm_in_vain(transport: Transport, channel: int, token: bytes) -> None:
+        confirm(transport, channel, token)
+        raise TransportLost("the last note was lost")
+
+    with mock.patch("collectives.group.confirm", confirm_in_vain):
+        report = witness(comm, kind, "bulk", 2, 0)
+    assert goes_on(comm)
+    comm.leave()
+    return report
+
+
+def many_lanes(peer: Peer, skip: int) -> list[list[int]]:
+    """Rank 1 dies while five lanes have three operations each under way; who contributed to each of them."""
+    comm = peer.join()
+    assert goes_on(comm)
+    if comm.rank == 1:
+        faults.arm("transfer", dying(peer), skip=skip)
+    keys = [(lane, turn) for turn in range(3) for lane in range(5)]
+    tensors = {(lane, turn): input_of(comm.member_id, 30_000, 10 * lane + turn) for lane, turn in keys}
+    works = {key: comm.all_reduce(tensor, "avg", lane=f"l{key[0]}", async_op=True) for key, tensor in tensors.items()}
+    seen = []
+    for (lane, turn), work in works.items():
+        who = work.wait().contributors
+        inputs = [input_of(member, 30_000, 10 * lane + turn) for member in who]
+        assert torch.equal(tensors[lane, turn], reduced(inputs, "avg"))
+        seen.append(list(who))
+    assert goes_on(comm)
+    comm.leave()
+    return seen

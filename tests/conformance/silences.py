@@ -18,10 +18,10 @@ from tests.conformance.values import reduced
 from tests.harness.peer import Peer
 
 
-def reduce_rightly(comm: Communicator, number: int, count: int = 100_000) -> list[int]:
+def reduce_rightly(comm: Communicator, number: int, count: int = 100_000, lane: str = "main") -> list[int]:
     """An all-reduce in place of exact values; checks every bit and returns the contributors."""
     tensor = input_of(comm.member_id, count, number)
-    outcome = comm.all_reduce(tensor, "avg", algorithm="ring")
+    outcome = comm.all_reduce(tensor, "avg", algorithm="ring", lane=lane)
     assert torch.equal(tensor, reduced([input_of(member, count, number) for member in outcome.contributors], "avg"))
     return list(outcome.contributors)
 

@@ -25,7 +25,6 @@ def steered(peer: Peer, **options: Any) -> None:
     peer.say("joined", rank=comm.rank, member=comm.member_id, founder=comm.founder, epoch=comm.epoch)
     if not comm.founder:
         comm.sync({})
-    number = 0
     while True:
         word = peer.hear("do")
         began = time.monotonic()
@@ -46,9 +45,8 @@ def steered(peer: Peer, **options: Any) -> None:
                     if changed:
                         comm.sync({})
                 case "reduce":
-                    for _ in range(word["times"]):
-                        number += 1
-                        facts["contributors"] = reduce_rightly(comm, number, 3000)
+                    for number in range(word["times"]):
+                        facts["contributors"] = reduce_rightly(comm, number, 3000, word.get("lane", "main"))
         except RingholdError as error:
             peer.say("done", error=type(error).__name__, message=str(error), seconds=time.monotonic() - began)
             comm.close()

@@ -44,9 +44,9 @@ class Crew:
         """What they say when it is done."""
         return [process.expect("done") for process in (list(self.members) if who is None else who)]
 
-    def reduce(self, times: int = 1) -> list[dict[str, Any]]:
+    def reduce(self, times: int = 1, lane: str = "main") -> list[dict[str, Any]]:
         """Have all reduce."""
-        self.start("reduce", times=times)
+        self.start("reduce", times=times, lane=lane)
         return self.done()
 
     def lose(self, rank: int, point: str = "transfer") -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import pytest
 
+from collectives.membership.protocol import Status
 from tests.conformance import silences
+from tests.conformance.steering import Crew
 from tests.harness.cluster import Cluster
 
 
@@ -65,3 +67,23 @@ def test_r11_an_epoch_that_cannot_be_built_is_followed_by_another(failure: str) 
     assert [result["seen"] for result in results] == [[1, 2], [1, 2]]
     assert sum(result["fired"] for result in results) == 1
     assert [result["epochs"][:3] for result in results] == [[[], [3], []]] * 2
+
+
+def test_r11_the_status_tells_who_waits_for_whom() -> None:
+    with Cluster(founders=2, heartbeat=0.05) as cluster:
+        crew = Crew(cluster)
+        crew.found(2)
+        crew.start("reduce", crew.members[:1], times=1)
+
+        def waits(status: Status) -> bool:
+            rows = {row.member: {lane.lane: lane for lane in row.lanes} for row in status.members}
+            lane = rows[1].get("main")
+            return lane is not None and lane.phase == "waiting" and lane.waiting_for == 2 and lane.seconds > 0.2
+
+        status = cluster.await_status(waits)
+        lane = next(row.lanes[0] for row in status.members if row.member == 1)
+        assert (lane.kind, lane.seq) == ("all_reduce", 1)
+        crew.start("reduce", crew.members[1:], times=1)
+        assert [answer["contributors"] for answer in crew.done()] == [[1, 2]] * 2
+        cluster.await_status(lambda status: all(lane.phase == "idle" for row in status.members for lane in row.lanes))
+        crew.leave()

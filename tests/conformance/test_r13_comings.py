@@ -16,6 +16,7 @@ def test_r13_who_waits_is_admitted_at_one_safe_point(count: int) -> None:
         crew.found(2)
         crew.start("admit", until=False)
         assert [answer["changed"] for answer in crew.done()] == [False, False]
+        crew.reduce(times=5, lane="old")
         joiners = crew.waiting(count)
         crew.start("admit", until=True)
         assert [answer["changed"] for answer in crew.done()] == [True, True]
@@ -25,6 +26,8 @@ def test_r13_who_waits_is_admitted_at_one_safe_point(count: int) -> None:
         # Joiners take part in what comes next; every member sees the same membership.
         crew.start("admit", until=False)
         assert {tuple(answer["members"]) for answer in crew.done()} == {tuple(crew.ids())}
+        for lane in ("old", "new"):
+            assert all(answer["contributors"] == crew.ids() for answer in crew.reduce(lane=lane))
         for answer in crew.lose(0):
             assert answer["contributors"] == crew.ids()
         crew.leave()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from collectives.faults import POINTS
-from tests.conformance.losses import mortal
-from tests.harness.cluster import Cluster
+from tests.conformance.losses import cascade, many_lanes, mortal, only_finisher
+from tests.harness.cluster import Cluster, Process
 
 KINDS = (
     "all_reduce",
@@ -105,3 +105,44 @@ def test_r6_a_death_ends_alike_on_all_survivors(kind: str, point: str, rank: int
             judge(reports, kind, point, victim)
         for process in living:
             process.result()
+
+
+def survivors_of(members: list[Process], deaths: int) -> list[Any]:
+    """What those returned that did not die; the others must have died where they were meant to."""
+    endings = {process: process.ending() for process in members}
+    dead = [process for process, ending in endings.items() if ending.signal == signal.SIGKILL]
+    assert len(dead) == deaths
+    assert all(process.said("fired") for process in dead)
+    return [process.result() for process in members if process not in dead]
+
+
+@pytest.mark.parametrize("event", ["fenced", "epoch", "ready"])
+def test_r3_a_second_death_while_the_first_is_handled(event: str) -> None:
+    with Cluster(founders=5) as cluster:
+        reports = survivors_of(cluster.peers(cascade, 5, event=event), deaths=2)
+    for report in reports:
+        assert report["right"]
+        assert report["contributors"] in ([1, 3, 5], [1, 3, 4, 5])
+        assert report["contributors"] == reports[0]["contributors"]
+        assert report["bits"] == reports[0]["bits"]
+    if event != "ready":
+        assert reports[0]["contributors"] == [1, 3, 5]
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter", "broadcast from a survivor", "exchange"])
+@pytest.mark.parametrize("point", ["confirmed", "copied"])
+def test_r2_what_the_only_finisher_returned_all_survivors_return(kind: str, point: str) -> None:
+    with Cluster(founders=3) as cluster:
+        members = cluster.peers(only_finisher, 3, kind=kind, point=point)
+        for report in survivors_of(members, deaths=1):
+            assert report["contributors"] == [1, 2, 3]
+            assert report["from_staging"]
+            assert report["right"]
+
+
+@pytest.mark.parametrize("skip", [0, 7, 19])
+def test_r3_each_lane_goes_on_from_where_it_stood(skip: int) -> None:
+    with Cluster(founders=4) as cluster:
+        stories = survivors_of(cluster.peers(many_lanes, 4, skip=skip), deaths=1)
+    assert stories[1:] == [stories[0]] * 2
+    assert stories[0][-1] == [1, 3, 4]
