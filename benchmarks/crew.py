@@ -1,0 +1,238 @@
+"""A coordinator and peers as processes of their own, for benchmarks that kill, stop, admit and measure them.
+
+The main process imports torch once and forks; a peer is there within tens of milliseconds. Peers report small messages
+on a pipe (`Desk.report`), and share a page of words with the main process, which can be read when they are dead.
+"""
+
+import faulthandler
+import json
+import logging
+import mmap
+import multiprocessing
+import os
+import secrets
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from collectives.communicator import Communicator
+from collectives.errors import RingholdError
+from collectives.membership.server import run_coordinator
+from collectives.options import Options
+from launch.attach import status
+from launch.child import die_with_parent
+
+Message = dict[str, Any]
+
+WORDS = 16
+"""64-bit words that a peer shares with the main process."""
+_MAX_PEERS = 512
+_LONGEST = 4000
+"""Bytes of a message: pipes take so many at once, so a process that is stopped or killed leaves no half of one."""
+_fork = multiprocessing.get_context("fork")
+
+
+class Desk:
+    """What a peer has at hand: where to join, where to report, and the words that it shares with the main process."""
+
+    def __init__(
+        self, name: int, address: str, run: str, token: str, options: Options, words: memoryview, pipe: Connection
+    ) -> None:
+        self.name = name
+        self.words = words
+        self._address, self._run, self._token, self._options = address, run, token, options
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def join(self) -> Communicator:
+        """Join the run; what happens to the membership is reported as "event" messages."""
+        return Communicator.join(self._address, self._run, self._token, options=self._options, on_event=self._event)
+
+    def report(self, kind: str, **fields: Any) -> None:
+        """Send a message to the main process; from any thread."""
+        data = json.dumps({"type": kind, "time": time.time(), **fields}).encode()
+        assert len(data) <= _LONGEST
+        with self._lock:
+            self._pipe.send_bytes(data)
+
+    def _event(self, event: Message) -> None:
+        self.report("event", **event)
+
+
+class Peer:
+    """A process of the crew, as the main process sees it."""
+
+    def __init__(self, name: int, process: Any, pipe: Connection, words: memoryview, log: Path) -> None:
+        self.name = name
+        self.words = words
+        self.log = log
+        self.process = process
+        self.pipe: Connection | None = pipe
+        self.stopped = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended (a stopped one has not)."""
+        return bool(self.process.is_alive())
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens if the process has ended, whose id is not free before we ask for its end."""
+        if self.alive:
+            os.kill(self.process.pid, number)
+            if number in (signal.SIGSTOP, signal.SIGCONT):
+                self.stopped = number == signal.SIGSTOP
+
+
+class Crew:
+    """One run with a coordinator of its own. A context manager that ends every process it started.
+
+    Args:
+        options: of the coordinator and of all members.
+
+    Make it in the main thread of a process that has no other: it forks.
+
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = Options.resolve(options)
+        self._run, self._token = f"bench-{secrets.token_hex(4)}", secrets.token_hex(16)
+        self._memory = mmap.mmap(-1, _MAX_PEERS * WORDS * 8)
+        self._all_words = memoryview(self._memory).cast("q")
+        self._folder = tempfile.TemporaryDirectory(prefix="ringhold-bench-")
+        self.folder = Path(self._folder.name)
+        self.peers: list[Peer] = []
+        self._coordinator, self._address = self._start_coordinator()
+
+    def start_peer(self, work: Callable[[Desk], None]) -> Peer:
+        """Fork a peer that runs `work` and ends. An exception in it is reported as a "failed" message.
+
+        SIGUSR1 makes it write the stacks of its threads to its log.
+        """
+        name = len(self.peers)
+        words = self._all_words[name * WORDS : (name + 1) * WORDS]
+        receive, send = _fork.Pipe(duplex=False)
+        log = self.folder / f"peer-{name:03d}.log"
+        desk = Desk(name, self._address, self._run, self._token, self._options, words, send)
+        process = _fork.Process(target=_run_peer, args=(desk, work, log, os.getpid()), name=f"peer {name}")
+        process.start()
+        send.close()
+        peer = Peer(name, process, receive, words, log)
+        self.peers.append(peer)
+        return peer
+
+    def receive(self, timeout: float) -> list[tuple[Peer, Message]]:
+        """Wait up to `timeout` seconds for messages and return those that are there; the last of a peer is "gone"."""
+        open_pipes: dict[Any, Peer] = {peer.pipe: peer for peer in self.peers if peer.pipe is not None}
+        messages = []
+        for pipe in wait(list(open_pipes), timeout):
+            peer = open_pipes[pipe]
+            assert peer.pipe is not None
+            try:
+                while peer.pipe.poll():
+                    messages.append((peer, json.loads(peer.pipe.recv_bytes())))
+            except (EOFError, OSError):
+                peer.pipe.close()
+                peer.pipe = None
+                peer.process.join()
+                messages.append((peer, {"type": "gone", "time": time.time(), "code": peer.process.exitcode}))
+        return messages
+
+    def status(self) -> str:
+        """What the coordinator knows of the members and their lanes, for people."""
+        host, port = self._address.split(":")
+        try:
+            report = status(host, int(port), self._token.encode(), self._run, self._options)
+        except RingholdError as error:
+            return str(error)
+        head = f"epoch {report.epoch}, change {report.change}, {report.waiting} waiting"
+        return "\n".join([head, *map(str, report.members)])
+
+    def close(self) -> None:
+        """End everything that is still there."""
+        for process in [peer.process for peer in self.peers] + [self._coordinator]:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for peer in self.peers:
+            if peer.pipe is not None:
+                peer.pipe.close()
+            peer.words.release()
+        self._all_words.release()
+        self._memory.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_coordinator(self) -> tuple[Any, str]:
+        receive, send = _fork.Pipe(duplex=False)
+        process = _fork.Process(target=self._coordinate, args=(send, os.getpid()), name="coordinator")
+        process.start()
+        send.close()
+        if not receive.poll(10.0):
+            process.kill()
+            raise RingholdError("the coordinator did not start within 10 s")
+        port = int(receive.recv_bytes())
+        receive.close()
+        return process, f"127.0.0.1:{port}"
+
+    def _coordinate(self, ready: Connection, parent: int) -> None:
+        _enter(self.folder / "coordinator.log", parent)
+        run_coordinator(
+            "127.0.0.1",
+            0,
+            self.folder / "journal",
+            run=self._run,
+            token=self._token.encode(),
+            options=self._options,
+            new=True,
+            ready=lambda port: ready.send_bytes(str(port).encode()),
+        )
+
+
+def _enter(log: Path, parent: int) -> None:
+    """First thing in a child: end with the parent, leave Ctrl-C to it, write to a log."""
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(name)s: %(message)s", datefmt="%T")
+
+
+def _run_peer(desk: Desk, work: Callable[[Desk], None], log: Path, parent: int) -> None:
+    _enter(log, parent)
+    torch.set_num_threads(1)
+    with log.open("a") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        try:
+            work(desk)
+        except Exception as error:
+            traceback.print_exc()
+            desk.report("failed", error=type(error).__name__, message=str(error)[:2000])
+        faulthandler.unregister(signal.SIGUSR1)
+
+
+def usage() -> dict[str, int]:
+    """What this process holds: threads of Python, threads in all, descriptors, resident memory in bytes."""
+    return {
+        "python_threads": threading.active_count(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+        "rss": int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE,
+    }
