@@ -8,8 +8,10 @@ A collective ends with the same bits on every surviving member, or with an error
 untouched. The outcome names the members whose data are in it.
 """
 
+import atexit
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -111,6 +113,7 @@ class Communicator(Collectives):
             raise
         group = Group(session, epochs, chosen.check_inputs, lambda epoch: comm._recovered(epoch))
         comm = cls(group, session, epochs)
+        _open.add(comm)
         if on_event is not None:
             comm.on_event(on_event)
         session.start()
@@ -337,6 +340,16 @@ class Communicator(Collectives):
     def _tell(self, event: Event) -> None:
         for observer in self._observers:
             observer(event)
+
+
+_open: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open() -> None:
+    """Close what is still open at the end of a process: a thread that is inside gloo then would end it by SIGABRT."""
+    for comm in list(_open):
+        comm.close()
 
 
 def parse_address(text: str) -> tuple[str, int]:

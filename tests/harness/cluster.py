@@ -178,7 +178,7 @@ class Process:
                 self._ending = Ending(signal=-status)
             else:
                 facts = {key: value for key, value in said.items() if key not in ("event", "defects")}
-                self._ending = Ending(**facts, defects=tuple(said["defects"]))
+                self._ending = Ending(**facts, signal=max(0, -status), defects=tuple(said["defects"]))
         assert not self._ending.defects, f"{self}: {self._ending.defects[0]}"
         return self._ending
 

@@ -34,6 +34,7 @@ class Peer:
         name: of this process.
         setting: "address" of the coordinator, "run", "token", "transport" and "options" of the cluster.
         events: what the communicator told its observers so far.
+        finalize: end as a script does, by way of the interpreter's own end, instead of at once.
 
     """
 
@@ -41,6 +42,7 @@ class Peer:
         self.name = name
         self.setting = setting
         self.events: list[Event] = []
+        self.finalize = False
         self._line = line
         self._lock = threading.Lock()
         self._unread = b""
@@ -124,6 +126,8 @@ def serve(program: str, name: str, setting: dict[str, Any], given: dict[str, Any
         ending["details"] = {key: value for key, value in vars(error).items() if _plain(value)}
     peer.say("ended", **ending, defects=defects.texts)
     sys.stderr.flush()
+    if peer.finalize:
+        sys.exit(0)
     os._exit(0)
 
 
