@@ -98,7 +98,7 @@ class Epochs:
                 self._building.abort()
             self._wake.notify_all()
         self._thread.join(5.0)
-        self._retire()
+        self._retire_current()
         for thread in self._old:
             thread.join(5.0)
         self._listener.close()
@@ -112,7 +112,7 @@ class Epochs:
                 assert self._next is not None
                 decision, member = self._next
                 self._next, self._abandoned = None, False
-            self._retire()
+            self._retire_current()
             self._build(decision, member)
 
     def _build(self, decision: Decision, member: int) -> None:
@@ -131,7 +131,7 @@ class Epochs:
             self._on_ready(decision.epoch)
             return
         if transport is not None:
-            transport.close()
+            self._retire(transport)
         if not abandoned:
             log.warning("epoch %d could not be built: %s", decision.epoch, failure)
             peer = failure.peer if isinstance(failure, TransportLost) else None
@@ -150,11 +150,14 @@ class Epochs:
                 transport.abort()
         return transport
 
-    def _retire(self) -> None:
-        """Close the transport of the last epoch in a thread of its own: gloo may take its time."""
+    def _retire_current(self) -> None:
         with self._lock:
             old, self._current = self._current, None
         if old is not None:
-            self._old = [thread for thread in self._old if thread.is_alive()]
-            self._old.append(threading.Thread(target=old[1].close, name="ringhold-retire", daemon=True))
-            self._old[-1].start()
+            self._retire(old[1])
+
+    def _retire(self, transport: GlooTransport) -> None:
+        """Close a transport in a thread of its own: gloo may take its time, and the next epoch must not wait for it."""
+        self._old = [thread for thread in self._old if thread.is_alive()]
+        self._old.append(threading.Thread(target=transport.close, name="ringhold-retire", daemon=True))
+        self._old[-1].start()
