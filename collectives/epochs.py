@@ -15,10 +15,13 @@ from collectives.transports.base import Transport
 from collectives.transports.gloo import GlooTransport
 from collectives.transports.handshake import link_key
 from collectives.transports.mesh import LinkListener
+from collectives.transports.sockets import SocketTransport
 
 log = logging.getLogger("ringhold.member")
 
-TRANSPORTS: dict[str, type[GlooTransport]] = {"gloo": GlooTransport}
+Built = GlooTransport | SocketTransport
+
+TRANSPORTS: dict[str, type[GlooTransport] | type[SocketTransport]] = {"gloo": GlooTransport, "sockets": SocketTransport}
 """Names that `Communicator.join(transport=...)` knows."""
 
 
@@ -54,9 +57,9 @@ class Epochs:
         self._lock = threading.Lock()
         self._next: tuple[Decision, int] | None = None
         self._wake = threading.Condition(self._lock)
-        self._building: GlooTransport | None = None
+        self._building: Built | None = None
         self._abandoned = False
-        self._current: tuple[int, GlooTransport] | None = None
+        self._current: tuple[int, Built] | None = None
         self._closed = False
         self._old: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._work, name="ringhold-epochs", daemon=True)
@@ -116,7 +119,7 @@ class Epochs:
             self._build(decision, member)
 
     def _build(self, decision: Decision, member: int) -> None:
-        transport: GlooTransport | None = None
+        transport: Built | None = None
         failure: TransportLost | OSError | None = None
         try:
             transport = self._make(decision, member)
@@ -137,7 +140,7 @@ class Epochs:
             peer = failure.peer if isinstance(failure, TransportLost) else None
             self._on_failure(decision.epoch, 0 if peer is None else decision.members[peer].member)
 
-    def _make(self, decision: Decision, member: int) -> GlooTransport:
+    def _make(self, decision: Decision, member: int) -> Built:
         rank = [info.member for info in decision.members].index(member)
         addresses = [(info.host, info.port) for info in decision.members]
         make = TRANSPORTS[self._kind]
@@ -156,7 +159,7 @@ class Epochs:
         if old is not None:
             self._retire(old[1])
 
-    def _retire(self, transport: GlooTransport) -> None:
+    def _retire(self, transport: Built) -> None:
         """Close a transport in a thread of its own: gloo may take its time, and the next epoch must not wait for it."""
         self._old = [thread for thread in self._old if thread.is_alive()]
         self._old.append(threading.Thread(target=transport.close, name="ringhold-retire", daemon=True))

@@ -17,6 +17,7 @@ from collectives.errors import UnsupportedTensor, UsageError
 from collectives.instructions import Kernel
 from collectives.reduction import ReduceOp
 from collectives.schedule import Schedule
+from collectives.staging import copy_out
 
 HALF = (torch.float16, torch.bfloat16)
 REDUCIBLE = (
@@ -186,7 +187,7 @@ class AllReduce(Reduction):
         """In place and `out` are a copy; else the staging itself is handed over."""
         if self.out is not None or self.inplace:
             target = self.out if self.out is not None else self.tensor
-            target.detach().copy_(staging.view(target.shape))
+            copy_out(staging, target)
             return target
         return staging.to(self.tensor.dtype).view(self.tensor.shape)
 
@@ -250,7 +251,7 @@ class AllGather(Operation):
         rows = staging.view(view.size, *self.tensor.shape)
         if self.out is None:
             return rows
-        self.out.detach().copy_(rows)
+        copy_out(staging, self.out)
         return self.out
 
 
@@ -277,7 +278,7 @@ class Broadcast(Operation):
     def deliver(self, staging: Tensor, view: View) -> Tensor:
         """Copy to the caller's tensor, but for the root, which has it."""
         if view.members[view.rank] != self.root:
-            self.tensor.detach().copy_(staging.view(self.tensor.shape))
+            copy_out(staging, self.tensor)
         return self.tensor
 
 
@@ -333,7 +334,7 @@ class Exchange(Operation):
     def deliver(self, staging: Tensor, view: View) -> Tensor:
         """Copy the wanted ranges into the buffer."""
         for start, stop in self.schedule.wanted(view.rank):
-            self.tensor.detach()[start:stop].copy_(staging[start:stop])
+            copy_out(staging[start:stop], self.tensor.detach()[start:stop])
         return self.tensor
 
 

@@ -190,6 +190,7 @@ class _Hand:
         """Build and close transports; every other one after an exchange, every third with a receive in flight."""
         import torch
 
+        from collectives.confirm import confirm
         from collectives.errors import TransportLost
 
         world, size = len(addresses), 50_000
@@ -201,6 +202,7 @@ class _Hand:
                 self.transport.send((rank + 1) % world, data, 2).wait()
                 receive.wait()
                 assert into.eq((rank - 1) % world).all()
+            confirm(self.transport, 4, b"here")  # nobody goes while another still connects
             if number % 3 == 0:
                 receive = self.transport.recv((rank + 1) % world, torch.empty(size), 3)
                 self.transport.abort()
