@@ -1,0 +1,240 @@
+"""The simulated coordinator process: its machine, its disk, and the connections that lead to it.
+
+The disk keeps every record of a `Persist` that was reached; a crash strikes between any two actions.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from collectives.membership.coordinator import Action, Close, Coordinator, Persist, Send, Stop
+from collectives.membership.protocol import (
+    VERSION,
+    Decision,
+    FromCoordinator,
+    FromPeer,
+    Opened,
+    Prepare,
+    Record,
+    decode_from_coordinator,
+    decode_from_peer,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from tests.membership.host import Host
+    from tests.membership.world import World
+
+TICK = 0.5
+END = None
+"""What arrives where a connection was closed."""
+
+
+class Link:
+    """One connection of a host to the coordinator. FIFO in each direction."""
+
+    __slots__ = ("down_at", "host", "lost", "number", "open", "up_at")
+
+    def __init__(self, number: int, host: "Host", now: float) -> None:
+        self.number, self.host = number, host
+        self.lost = False
+        self.open = True
+        """As the coordinator sees it."""
+        self.up_at = self.down_at = now
+
+
+class Headquarters:
+    """The coordinator and the control network."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.journal: list[Record] = [Opened("run", VERSION)]
+        self.coordinator: Coordinator | None = None
+        self.incarnation = 0
+        self.stopped = False
+        self._links: dict[int, Link] = {}
+        self._last_link = 0
+        self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._start()
+
+    # --- life and death ---
+
+    def _start(self) -> None:
+        world = self.world
+        self.incarnation += 1
+        nonces = world.rng
+        self.coordinator = Coordinator(
+            "run",
+            world.history.options,
+            tuple(self.journal),
+            world.now,
+            lambda secret: secret[::-1],
+            lambda: nonces.getrandbits(128).to_bytes(16, "big"),
+        )
+        if self.incarnation > 1:
+            world.say(f"coordinator starts again, highest {self.coordinator.highest}")
+            world.judge.restarted(self.journal[-1])
+        world.after(TICK, self._gate, self.incarnation, self._tick)
+
+    def crash(self, seconds: float) -> None:
+        """Die, and start again after a while from what is on disk."""
+        if self.coordinator is None:
+            return
+        world = self.world
+        self.coordinator = None
+        self.stopped = False
+        self._backlog.clear()
+        for link in self._links.values():
+            link.open = False
+            if world.rng.random() < 0.5:
+                link.lost = True
+                world.after(world.lag(world.history.control_delay), link.host.gate, link.host.closed, link)
+            else:
+                self._down(link, END)
+        self._links.clear()
+        world.after(seconds, self._start)
+
+    def stop(self, seconds: float) -> None:
+        """Get no time for a while."""
+        if self.coordinator is not None and not self.stopped:
+            self.stopped = True
+            self.world.after(seconds, self._gate_awake, self.incarnation)
+
+    def _gate_awake(self, incarnation: int) -> None:
+        if incarnation != self.incarnation or self.coordinator is None:
+            return
+        self.stopped = False
+        self.world.say("coordinator wakes")
+        backlog, self._backlog = self._backlog, []
+        if self.world.rng.random() < 0.5:
+            # Which descriptor its loop looks at first is not told; each connection stays in order.
+            ticks = [entry for entry in backlog if entry[0] == self._tick]
+            backlog = ticks + [entry for entry in backlog if entry[0] != self._tick]
+        for action, given in backlog:
+            self._gate(incarnation, action, *given)
+
+    def _gate(self, incarnation: int, action: Callable[..., None], *given: Any) -> None:
+        """Let an event in: not to the dead, later to the stopped."""
+        if incarnation != self.incarnation or self.coordinator is None:
+            return
+        if self.stopped:
+            self._backlog.append((action, given))
+        else:
+            action(*given)
+
+    # --- connections ---
+
+    def reachable(self, host: "Host") -> bool:
+        """Whether a connection can be made now."""
+        now = self.world.now
+        return (
+            self.coordinator is not None
+            and not self.stopped
+            and now >= host.off_until
+            and now >= self.world.faults.all_off_until
+        )
+
+    def connect(self, host: "Host") -> Link:
+        """Open a connection, after the handshake."""
+        self._last_link += 1
+        link = Link(self._last_link, host, self.world.now)
+        self._links[link.number] = link
+        return link
+
+    def up(self, link: Link, message: FromPeer | None) -> None:
+        """Send from the host; END closes."""
+        world = self.world
+        time = world.now + world.lag(world.history.control_delay)
+        time = link.up_at = max(link.up_at, time, link.host.off_until, world.faults.all_off_until)
+        world.at(time, self._gate, self.incarnation, self._receive, link, message)
+
+    def _down(self, link: Link, message: FromCoordinator | None) -> None:
+        world, host = self.world, link.host
+        time = world.now + world.lag(world.history.control_delay)
+        time = link.down_at = max(link.down_at, time, host.off_until, world.faults.all_off_until)
+        world.at(time, host.gate, host.receive, link, message)
+
+    def break_link(self, link: Link) -> None:
+        """Lose what is in flight; both ends see the end, each in its time."""
+        world = self.world
+        if link.lost:
+            return
+        link.lost = True
+        world.after(world.lag(world.history.control_delay), link.host.gate, link.host.closed, link)
+        world.after(4 * world.lag(world.history.control_delay), self._gate, self.incarnation, self._closed, link)
+
+    def _receive(self, link: Link, message: FromPeer | None) -> None:
+        if link.lost or not link.open:
+            return
+        assert self.coordinator is not None
+        if message is END:
+            self._closed(link)
+            return
+        assert message is not None
+        if self.world.history.codec:
+            message = decode_from_peer(encode(message))
+        self.world.judge.saw(message)
+        self.world.probe("message")
+        if self.coordinator is not None:
+            self.perform(self.coordinator.on_message(link.number, message, self.world.now))
+
+    def _closed(self, link: Link) -> None:
+        if link.open:
+            assert self.coordinator is not None
+            link.open = False
+            del self._links[link.number]
+            self.perform(self.coordinator.on_closed(link.number, self.world.now))
+
+    def _tick(self) -> None:
+        assert self.coordinator is not None
+        self.world.after(TICK, self._gate, self.incarnation, self._tick)
+        self.perform(self.coordinator.on_tick(self.world.now))
+
+    # --- actions ---
+
+    def perform(self, actions: list[Action]) -> None:
+        """Do the actions in order; a crash or a stop may come before any of them."""
+        if not actions:
+            return
+        machine, probe = self.coordinator, self.world.probe
+        for number, action in enumerate(actions):
+            probe("action")
+            if machine is not self.coordinator:
+                return
+            if self.stopped:
+                self._backlog.append((self.perform, (actions[number:],)))
+                return
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        world = self.world
+        match action:
+            case Send(number, message):
+                link = self._links.get(number)
+                world.judge.sends(message)
+                if isinstance(message, Prepare | Decision):
+                    world.probe("prepare" if isinstance(message, Prepare) else "announce")
+                if link is not None and self.coordinator is not None:
+                    self._down(link, self._coded(message))
+            case Persist(record):
+                world.probe("persist")
+                if self.coordinator is None:
+                    return
+                self.journal.append(record)
+                world.judge.persisted(record)
+                world.probe("persisted")
+            case Close(number):
+                link = self._links.pop(number, None)
+                if link is not None:
+                    link.open = False
+                    self._down(link, END)
+            case Stop(reason):
+                world.judge.stopped(reason)
+
+    def _coded(self, message: FromCoordinator) -> FromCoordinator:
+        return decode_from_coordinator(encode(message)) if self.world.history.codec else message
+
+    def replay(self, link: Link) -> None:
+        """Announce an old decision once more, as a coordinator may that does not know what a member has seen."""
+        old = [record for record in self.journal if isinstance(record, Decision)]
+        if old:
+            self._down(link, self._coded(self.world.rng.choice(old)))

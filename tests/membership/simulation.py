@@ -1,0 +1,128 @@
+"""Plays seeded histories of the membership protocol; as a script, it replays or explores.
+
+    python tests/membership/simulation.py --seed 17              # one history, with its trace if it fails
+    python tests/membership/simulation.py --seed 0 --count 5000  # many, and what they touched
+
+Everything that can differ between two runs (network, clock, disk, crashes, threads) is drawn from the seed.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.membership.history import History, draw
+from tests.membership.judge import Violation
+from tests.membership.world import World
+
+
+@dataclass(slots=True)
+class Report:
+    """What a number of histories touched."""
+
+    histories: int = 0
+    events: int = 0
+    seconds: float = 0.0
+    """Of CPU time."""
+    seen: Counter[str] = field(default_factory=Counter)
+
+
+def play(seed: int) -> World:
+    """Play one history. Raises `Violation` with the seed and the trace."""
+    world = World(draw(seed))
+    try:
+        world.play()
+    except Exception:
+        # Once more, to tell how it came to that: the same seed gives the same history.
+        raise Violation(trace(seed)) from None
+    return world
+
+
+def trace(seed: int) -> str:
+    """Play a history and tell what happens, to its end or to its failure."""
+    history = draw(seed)
+    text = describe(history)
+    world = World(history, tracing=True)
+    assert world.lines is not None
+    try:
+        world.play()
+    except Exception as error:
+        world.lines.append(f"{type(error).__name__}: {error}")
+    return "\n".join([text, *world.lines[-400:]])
+
+
+def describe(history: History) -> str:
+    """Say what a history is about."""
+    program = " ".join(
+        f"{n}:{spec.kind}"
+        + ("!" if spec.on_loss == "raise" else "")
+        + ("+" if spec.batch else "")
+        + (f"|{spec.side_until}" if spec.side_until else "")
+        + ("x" if spec.cross else "")
+        for n, spec in enumerate(history.program, 1)
+    )
+    lines = [
+        f"seed {history.seed}: {history.theme}, {history.founders} founders, {len(history.arrivals)} hosts, "
+        f"quorum {history.options.quorum}, min_members {history.options.min_members}",
+        f"program {program}; side {' '.join(history.side)}",
+        f"deviations {history.deviations}",
+        *(f"{fault}" for fault in history.faults),
+        "replay: python tests/membership/simulation.py --seed " + str(history.seed),
+    ]
+    return "\n".join(lines)
+
+
+def first_violation(most: int, themes: tuple[str, ...] = ()) -> int:
+    """Return the first seed below `most` (of histories with these themes, if any) that breaks a rule, -1 if none."""
+    for seed in range(most):
+        history = draw(seed)
+        if not themes or history.theme in themes:
+            try:
+                World(history).play()
+            except Exception:
+                return seed
+    return -1
+
+
+def explore(first: int, count: int) -> Report:
+    """Play `count` histories from seed `first` on. Raises `Violation` at the first that fails."""
+    report = Report()
+    began = time.process_time()
+    for seed in range(first, first + count):
+        world = play(seed)
+        report.histories += 1
+        report.events += world.events
+        report.seen.update(world.judge.seen)
+    report.seconds = time.process_time() - began
+    return report
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--trace", action="store_true", help="print the trace of a history that holds, too")
+    given = parser.parse_args()
+    if given.trace:
+        print(trace(given.seed))
+        return 0
+    try:
+        report = explore(given.seed, given.count)
+    except Violation as violation:
+        print(violation)
+        return 1
+    for what, times in sorted(report.seen.items()):
+        print(f"{times:9d}  {what}")
+    rate = report.histories / max(report.seconds, 1e-9)
+    print(f"{report.histories} histories held, {report.events} events, {rate:.0f} histories/s of CPU time")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
