@@ -53,9 +53,14 @@ class Desk:
         self._pipe = pipe
         self._lock = threading.Lock()
 
-    def join(self) -> Communicator:
-        """Join the run; what happens to the membership is reported as "event" messages."""
-        return Communicator.join(self._address, self._run, self._token, options=self._options, on_event=self._event)
+    def join(self, on_event: Callable[[Message], None] = lambda event: None) -> Communicator:
+        """Join the run; what happens to the membership is reported as "event" messages, and passed to `on_event`."""
+
+        def tell(event: Message) -> None:
+            self.report("event", **event)
+            on_event(event)
+
+        return Communicator.join(self._address, self._run, self._token, options=self._options, on_event=tell)
 
     def report(self, kind: str, **fields: Any) -> None:
         """Send a message to the main process; from any thread."""
@@ -63,9 +68,6 @@ class Desk:
         assert len(data) <= _LONGEST
         with self._lock:
             self._pipe.send_bytes(data)
-
-    def _event(self, event: Message) -> None:
-        self.report("event", **event)
 
 
 class Peer:

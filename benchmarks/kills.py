@@ -21,8 +21,9 @@ import click
 
 from benchmarks.crew import Crew, Message, Peer
 from benchmarks.figures import spread, table, write_json
-from benchmarks.kills_audit import Audit, Strike
+from benchmarks.kills_audit import Audit
 from benchmarks.kills_peer import ACTIVE, AIM, AIM_DELAY, AIM_SIGNAL, ENTERED, LEAVE, LEFT, STRUCK, check_members
+from benchmarks.strike import Strike
 from collectives import faults
 
 KILLS_OF_A_GROUP = 25
