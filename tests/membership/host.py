@@ -288,7 +288,6 @@ class Host:
                 self.waiting = count
             case Welcome(member):
                 self.core.member = member
-                self.world.host_of[member] = self
                 self.world.say(f"{self.name} is member {member}")
             case Evict():
                 self._evicted(message)

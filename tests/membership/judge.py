@@ -52,6 +52,7 @@ class Judge:
         self._newest_attempt: dict[Key, int] = {}
         self._views: dict[Key, int] = {}
         self._lost: set[int] = set()
+        self._left: set[int] = set()
 
     def count(self, what: str) -> None:
         """Note that something happened."""
@@ -86,11 +87,16 @@ class Judge:
         old = {info.member for info in before.members} if before else set()
         members = [info.member for info in decision.members]
         survivors = [m for m in members if m in old]
-        self.world.say(
-            f"DECISION {number}: members {members} lost {decision.lost} joined {decision.joined} "
-            f"admitted {decision.admitted} verdicts {[(v.lane, v.seq, v.error) for v in decision.verdicts]} "
-            f"lanes { {name: (f.complete, f.complete_epoch) for name, f in decision.lanes.items()} }"
-        )
+        if self.world.lines is not None:
+            verdicts = [(v.lane, v.seq, v.error) for v in decision.verdicts]
+            lanes = {name: (f.complete, f.complete_epoch) for name, f in decision.lanes.items()}
+            self.world.say(
+                f"DECISION {number}: members {members} lost {decision.lost} joined {decision.joined} "
+                f"admitted {decision.admitted} verdicts {verdicts} lanes {lanes}"
+            )
+        for info in decision.members:
+            # Not from Welcome: who never was in an epoch may have an id that another gets after a restart.
+            self.world.host_of[info.member] = self.world.hosts[int(info.host.removeprefix("host"))]
         self._era[number] = self._era[self._latest] if survivors else number
         self._before[number], self._latest = self._latest, number
         self.decisions[number] = decision
@@ -148,6 +154,7 @@ class Judge:
     def restarted(self, last: Record) -> None:
         """The coordinator starts again; the last record is the one it died behind."""
         self.count(f"restart after {type(last).__name__}")
+        self._left.clear()  # that somebody left with notice is known until the end of the coordinator, no longer
 
     # --- members ---
 
@@ -201,9 +208,11 @@ class Judge:
         """A member is told that it is out."""
         self.count(f"told {message.kind}")
         self.world.say(f"{host.name} is told: {message.reason}")
-        latest = self.decisions.get(self._latest)
-        if message.kind == "left" and latest and [i.member for i in latest.members] == [host.core.member]:
-            self.fail(f"{host.name} was the last member and left, and that is not on disk")
+        if message.kind == "left":
+            self._left.add(host.core.member)
+            members = {info.member for info in self.decisions[self._latest].members}
+            if members and members <= self._left:
+                self.fail(f"{host.name} was the last member and left, and that is not on disk")
         options = self.world.history.options
         dissolves = options.quorum or options.min_members > 1
         # Whoever was away when the members were too few learns only that it is no member.
