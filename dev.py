@@ -51,7 +51,7 @@ def commands(name: str, args: list[str]) -> list[list[str | Path]]:
 
 def main() -> int:
     """Run one subcommand and return its exit code."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python can run this script, and is told why it must not
         print("ringhold needs Python 3.11 or newer", file=sys.stderr)
         return 2
     name, *args = sys.argv[1:] or ["--help"]

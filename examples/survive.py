@@ -1,8 +1,8 @@
 """Three of these and a coordinator: kill any one while they run, and see who is in each sum.
 
-    export RINGHOLD_TOKEN=$(openssl rand -hex 16)
-    ringhold coordinator --listen 127.0.0.1:29400 --founders 3 &
-    for i in 1 2 3; do python examples/survive.py & done
+export RINGHOLD_TOKEN=$(openssl rand -hex 16)
+ringhold coordinator --listen 127.0.0.1:29400 --founders 3 &
+for i in 1 2 3; do python examples/survive.py & done
 """
 
 import torch

@@ -1,5 +1,8 @@
 """Programs that end without leaving."""
 
+import threading
+import time
+
 import torch
 
 from collectives import faults
@@ -8,19 +11,24 @@ from tests.harness.peer import Peer
 
 
 def forgetful(peer: Peer, under_way: bool) -> None:
-    """End as a script that forgets to leave does; rank 0 maybe with operations under way."""
+    """End as a script that forgets to leave does: rank 0 maybe in the middle of a transfer, the others right after."""
     comm = peer.join()
     peer.finalize = True
     assert goes_on(comm)
-    peer.say("rank", rank=comm.rank)
     if not under_way:
         return
+    moving = threading.Event()
+
+    def pause(where: str) -> None:
+        moving.set()
+        time.sleep(0.2)
+
     if comm.rank == 0:
-        faults.arm("enter", lambda where: peer.say("entered"))
-        comm.all_reduce(torch.ones(300_000), async_op=True, on_loss="raise")
-        comm.all_reduce(torch.ones(300_000), async_op=True, lane="other")
-        peer.hear("go")
+        faults.arm("transfer", pause)
+        comm.all_reduce(torch.ones(900_000), async_op=True, algorithm="ring")
+        comm.all_reduce(torch.ones(900_000), async_op=True, lane="other")
+        assert moving.wait(60)
         return
-    peer.hear("go")
-    outcome = comm.all_reduce(torch.ones(300_000), lane="other")
-    assert len(outcome.contributors) == 2
+    tensor = torch.ones(900_000)
+    assert comm.all_reduce(tensor, algorithm="ring").contributors == comm.members
+    assert tensor.eq(comm.size).all()
