@@ -75,7 +75,7 @@ class Communicator(Collectives):
             coordinator: HOST:PORT; empty: RINGHOLD_COORDINATOR.
             run: name of the run, the same for the coordinator and all members.
             token: the shared secret; None: RINGHOLD_TOKEN, else the file that RINGHOLD_TOKEN_FILE names.
-            transport: "gloo" (torch's gloo carries the bulk), or "sockets" (our own links carry all: Unix-domain sockets
+            transport: "gloo" (torch's gloo carries the bulk), or "sockets" (our own links do: Unix-domain sockets
                 within a host, TCP between); the same for all members.
             options: see `Options`.
             on_event: as `on_event`, from the start.
