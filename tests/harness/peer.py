@@ -127,6 +127,7 @@ def serve(program: str, name: str, setting: dict[str, Any], given: dict[str, Any
     peer.say("ended", **ending, defects=defects.texts)
     sys.stderr.flush()
     if peer.finalize:
+        line.close()
         sys.exit(0)
     os._exit(0)
 
