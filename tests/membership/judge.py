@@ -154,7 +154,6 @@ class Judge:
     def restarted(self, last: Record) -> None:
         """The coordinator starts again; the last record is the one it died behind."""
         self.count(f"restart after {type(last).__name__}")
-        self._left.clear()  # that somebody left with notice is known until the end of the coordinator, no longer
 
     # --- members ---
 
@@ -208,7 +207,8 @@ class Judge:
         """A member is told that it is out."""
         self.count(f"told {message.kind}")
         self.world.say(f"{host.name} is told: {message.reason}")
-        if message.kind == "left":
+        if message.kind == "left" and self.world.headquarters.incarnation == 1:
+            # That somebody left with notice is known until the end of the coordinator, no longer.
             self._left.add(host.core.member)
             members = {info.member for info in self.decisions[self._latest].members}
             if members and members <= self._left:
