@@ -108,3 +108,22 @@ def surviving_state(peer: Peer, point: str) -> dict[str, Any]:
     assert goes_on(comm)
     comm.leave()
     return {"state": report.winner, "step": state["step"], "lost": report.lost, "voters": report.voters}
+
+
+def apart(peer: Peer) -> list[bool]:
+    """Rank 1 dies in an operation that rank 0 carries into its step and the others have behind them."""
+    comm = peer.join()
+    assert goes_on(comm)
+    if comm.rank == 1:
+        faults.arm("begin", dying(peer))
+    work = comm.all_reduce(torch.ones(COUNT), async_op=True)
+    if comm.rank != 0:
+        work.wait()
+    story = []
+    for _ in range(2):
+        with comm.step() as step:
+            work.wait()
+            comm.all_reduce(torch.ones(COUNT))
+        story.append(step.committed)
+    comm.leave()
+    return story

@@ -88,3 +88,10 @@ def test_r14_the_state_outlives_a_giver(point: str) -> None:
     assert results == [results[0]] * 3
     assert results[0]["step"] == 3
     assert results[0]["voters"] == [1, 2]
+
+
+def test_r15_what_one_member_saw_counts_for_all() -> None:
+    with Cluster(founders=4) as cluster:
+        endings = [process.ending() for process in cluster.peers(steps.apart, 4)]
+    assert [ending.signal for ending in endings].count(signal.SIGKILL) == 1
+    assert [ending.value for ending in endings if not ending.signal] == [[False, True]] * 3
