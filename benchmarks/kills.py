@@ -195,7 +195,7 @@ class Group:
                 raise Failed(f"peer {peer.name}: {message['error']}: {message['message']}")
             case "gone":
                 self._working.discard(peer.name)
-                self._audit.gone([peer.name])
+                self._audit.gone(peer.name, message["time"])
 
 
 @click.command()

@@ -1,6 +1,5 @@
 """Judges what the peers of `benchmarks.kills` report: sums, agreement among survivors, recoveries and leaks."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.crew import Message, Peer
@@ -50,10 +49,12 @@ class Audit:
             case "usage":
                 self._usage(peer.name, message)
 
-    def gone(self, peers: Iterable[int]) -> None:
-        """These have ended: nobody waits for their results."""
+    def gone(self, peer: int, when: float) -> None:
+        """It has ended: nobody waits for its results."""
         for strike in self.strikes[-4:]:
-            strike.survivors.difference_update(peers)
+            strike.survivors.discard(peer)
+            if strike.victim == peer:
+                strike.gone = when - strike.time
 
     def _operation(self, peer: int, message: Message) -> None:
         self.operations += 1
@@ -77,4 +78,5 @@ class Audit:
         if self.growth[-1] > RSS_LIMIT:
             more.append(f"{self.growth[-1] >> 20} MiB")
         if more:
-            self.leaks.append(f"peer {peer} holds {', '.join(more)} more than before it joined")
+            names = ", ".join(message["threads"])
+            self.leaks.append(f"peer {peer} holds {', '.join(more)} more than before it joined; its threads: {names}")

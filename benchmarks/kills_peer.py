@@ -6,6 +6,7 @@ It strikes itself where the main process asks for it (`AIM`): a fault point is h
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -42,7 +43,10 @@ def check_members(desk: Desk, seed: int) -> None:
         except Evicted as error:
             desk.report("evicted", reason=str(error)[:500])
             comm.close()
-    desk.report("usage", lives=lives, before=before, after=_settled(before))
+    after = _settled(before)
+    desk.report(
+        "usage", lives=lives, before=before, after=after, threads=[thread.name for thread in threading.enumerate()]
+    )
 
 
 class _Member:

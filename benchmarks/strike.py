@@ -18,7 +18,7 @@ class Strike:
     """One signal sent to a member, and what came of it.
 
     Stages hold, per survivor, seconds from the signal. `point` is the fault point where it was struck, "" at random;
-    `inside` tells whether it was in an operation then.
+    `inside` tells whether it was in an operation then, `gone` the seconds until a killed process had ended.
     """
 
     number: int
@@ -37,6 +37,7 @@ class Strike:
     ready: dict[int, float] = field(default_factory=dict)
     good: dict[int, float] = field(default_factory=dict)
     evicted: bool = False
+    gone: float = 0.0
     _epochs: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -48,7 +49,7 @@ class Strike:
         """All of it, for JSON; times in milliseconds from the signal."""
         times = {what: _milliseconds(getattr(self, what)) for what in STAGES}
         plain = ("number", "kind", "point", "victim", "member", "inside", "overlapping", "from_staging", "run_again")
-        return {**{name: getattr(self, name) for name in plain}, **times}
+        return {**{name: getattr(self, name) for name in plain}, "gone": round(1000 * self.gone, 1), **times}
 
     def hear(self, peer: int, message: Message) -> None:
         """Take note of a survivor's message."""
