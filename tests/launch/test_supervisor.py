@@ -45,10 +45,17 @@ def spec(
     return Spec(**{**values, **given})
 
 
+def living_children() -> set[int]:
+    """Processes below this one; other tests of this process may keep some."""
+    children = psutil.Process().children(recursive=True)
+    return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+
+
 def run(given: Spec) -> tuple[RunRecord, list[dict[str, Any]]]:
     entries: list[dict[str, Any]] = []
+    before = living_children()
     record = Supervisor(given, entries.append).run()
-    assert not [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    assert living_children() <= before
     return record, entries
 
 
