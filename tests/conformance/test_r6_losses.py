@@ -69,7 +69,8 @@ def judge(reports: list[dict[str, Any]], kind: str, point: str, victim: int) -> 
     if "contributors" in first:
         assert all(report["right"] for report in reports)
         if first["contributors"] == before:
-            silent = ("enter",) if kind == "barrier" else ("enter", "begin")
+            # In a barrier nobody gives anything, and in a broadcast only the root must.
+            silent = ("enter",) if kind in ("barrier", "broadcast from a survivor") else ("enter", "begin")
             assert point not in silent, "the victim had given nothing"
             # Whoever had not staged cannot have confirmed either: only the change can have completed it (R3).
             if point in ("transfer", "reduce", "end"):
