@@ -225,7 +225,7 @@ class Coordinator:
         self._notice_gap(now)
         self._ticked = now
         limit = self.options.heartbeat_timeout
-        if now - self._heard > limit / 2:
+        if self.peers and now - self._heard > limit / 2:
             # Everybody is silent at once: more likely our own network than all of them. Nobody is evicted. Their last
             # beats were up to a heartbeat apart, so it must be seen before the first of them has used up its time.
             self._wait_for_all(now)
