@@ -125,7 +125,7 @@ class Epochs:
             transport = self._make(decision, member)
             transport.connect(self._options.op_timeout)
         except (TransportLost, OSError) as error:  # OSError: no descriptor left, for one
-            failure = error
+            failure = error.with_traceback(None)  # which would keep gloo's objects alive, in a circle with `failure`
         with self._lock:
             self._building, abandoned = None, self._abandoned
             if failure is None and transport is not None:

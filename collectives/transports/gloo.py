@@ -111,7 +111,7 @@ class GlooTransport(Transport):
             try:
                 self._build(timeout)
             except (RuntimeError, RingholdError) as error:
-                failure.append(error)
+                failure.append(error.with_traceback(None))  # it would keep gloo's objects alive, in a circle
             finally:
                 self._built.set()
 
