@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from collectives.membership.actions import Action, Close, Connection, Persist, Send, Stop
 from collectives.membership.frontiers import frontiers, given_up
 from collectives.membership.protocol import (
     Admit,
@@ -39,43 +40,10 @@ from collectives.membership.protocol import (
     Waiting,
     Welcome,
 )
-from collectives.membership.stalls import judge_stall, link_to_evict, silent_links, under_way
+from collectives.membership.stalls import Complaints
 from collectives.options import Options
 
-Connection = int
-"""Names one connection; the driver never reuses a number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Persist:
-    """Append to the journal and fsync before going on."""
-
-    record: Record
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send to one peer."""
-
-    connection: Connection
-    message: FromCoordinator
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Close a connection after what was sent on it."""
-
-    connection: Connection
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End the coordinator: going on could do harm."""
-
-    reason: str
-
-
-Action = Persist | Send | Close | Stop
+__all__ = ["Action", "Close", "Coordinator", "Persist", "Send", "Stop"]
 
 
 @dataclass(slots=True)
@@ -126,9 +94,7 @@ class Coordinator:
         self._next_member = 1
         self._safe: set[int] = set()
         self._verdicts: dict[tuple[str, int], Verdict] = {}
-        self._broken: dict[tuple[int, int], float] = {}
-        self._repaired: dict[frozenset[int], int] = {}
-        self._stalls: dict[tuple[str, int], tuple[int, float]] = {}
+        self._complaints = Complaints(options)
         self._left: set[int] = set()
         self._transports: dict[int, str] = {}
         self._connections: dict[Connection, int] = {}
@@ -197,11 +163,11 @@ class Coordinator:
             case Admit():
                 return self._at_safe_point(member, message)
             case LinkDown():
-                return self._link_down(member, message, now)
+                return self._complain(member, message, now)
             case Differs():
                 return self._differs(member, message)
             case Stalled():
-                return self._stalled(member, message, now)
+                return self._complain(member, message, now)
             case Leave():
                 self._left.add(member)
                 return self._lose([member], message.reason)
@@ -231,7 +197,7 @@ class Coordinator:
             self._wait_for_all(now)
         silent = [m for m, peer in self.peers.items() if now - peer.heard > limit]
         actions = self._lose(silent, f"silent for more than {limit:g} s") if silent else []
-        return actions + self._judge_stalls(now) + self._mend_links(now)
+        return actions + self._remedy(now)
 
     def _notice_gap(self, now: float) -> None:
         """Rule R12: after a gap in our own loop the silence is ours, not theirs."""
@@ -387,8 +353,7 @@ class Coordinator:
         self.decision, self.change = decision, None
         self._safe.clear()
         self._verdicts.clear()
-        self._broken.clear()
-        self._stalls.clear()
+        self._complaints.clear()
         self._left.clear()
         self._announced_waiting = 0
 
@@ -467,66 +432,28 @@ class Coordinator:
         self._verdicts.setdefault((message.lane, message.seq), verdict)
         return [] if self.change else self._begin()
 
-    def _link_down(self, member: int, message: LinkDown, now: float) -> list[Action]:
-        if self.decision is None or message.epoch != self.decision.epoch or self.change:
-            return []
-        self._broken.setdefault((member, message.peer), now)
-        return []
-
-    def _mend_links(self, now: float) -> list[Action]:
-        """Rule R11: one change with the same members; if a link fails again, evict one of its ends.
-
-        A link that broke because its other end died is left to the loss itself, which is noticed in the meantime.
-        """
-        due = [pair for pair, since in self._broken.items() if now - since >= self.options.heartbeat]
-        if not due or self.change:
-            return []
-        bad = {frozenset(pair) for pair in self._broken}
-        again = sorted(bad.intersection(self._repaired), key=sorted)
-        for link in bad:
-            self._repaired[link] = self._repaired.get(link, 0) + 1
-        if not again:
-            return self._begin()
-        victim = link_to_evict(again[0], bad)
-        if victim not in self.members:
-            return self._begin()
-        return self._lose([victim], f"its links to {sorted(again[0] - {victim})} failed twice")
-
-    def _stalled(self, member: int, message: Stalled, now: float) -> list[Action]:
-        """Take note; who is at fault is seen from heartbeats that everybody sends after this."""
+    def _complain(self, member: int, message: LinkDown | Stalled, now: float) -> list[Action]:
+        """Take note; what follows from it is seen at the next tick."""
         if self.decision is not None and message.epoch == self.decision.epoch and member in self.members:
-            self._stalls.setdefault((message.lane, message.seq), (member, now))
+            if isinstance(message, LinkDown):
+                self._complaints.link_down(member, message.peer, now)
+            else:
+                self._complaints.stalled(member, (message.lane, message.seq), now)
         return []
 
-    def _judge_stalls(self, now: float) -> list[Action]:
-        """Rule R11: whoever is absent is evicted, waits that cross end with an error, else a link is dead."""
-        if self.change or not self._stalls:
+    def _remedy(self, now: float) -> list[Action]:
+        """Rule R11: do something about what members complain of, if a change does not do so anyway."""
+        if self.change or not self._complaints:
             return []
-        oldest = min(self.peers[m].beaten for m in self.members)
-        for (lane, seq), (member, since) in list(self._stalls.items()):
-            # They may have waited for nothing but our word, if we were away: a little more time for all.
-            if oldest <= since or now - since < self.options.heartbeat_timeout:
-                continue
-            del self._stalls[lane, seq]
-            rows = {m: {s.lane: s for s in self.peers[m].lanes} for m in self.members}
-            if member in rows and lane in rows[member] and under_way(rows[member][lane], seq):
-                return self._judge_stall(rows, lane, seq, member, now)
-        return []
-
-    def _judge_stall(
-        self, rows: dict[int, dict[str, LaneStatus]], lane: str, seq: int, member: int, now: float
-    ) -> list[Action]:
-        judgement = judge_stall(rows, lane, seq, self.options.op_timeout)
-        if judgement.absent:
-            late = f"absent from operation {seq} of lane {lane!r} for {self.options.op_timeout:g} s"
-            return self._lose(judgement.absent, late)
-        if judgement.stuck:
-            for link in silent_links(rows, *judgement.stuck) or [(member, member)]:
-                self._broken.setdefault(link, now - self.options.heartbeat)
+        members = {m: self.peers[m] for m in self.members}
+        rows = {m: {status.lane: status for status in peer.lanes} for m, peer in members.items()}
+        remedy = self._complaints.judge(rows, min(peer.beaten for peer in members.values()), now)
+        if remedy is None:
             return []
-        for name, number in judgement.crossed:
-            text = f"operations {judgement.crossed} (lane, number) wait for each other on different members"
-            self._verdicts.setdefault((name, number), Verdict(name, number, "crossed", text))
+        evict = [member for member in remedy.evict if member in members]
+        if evict:
+            return self._lose(evict, remedy.why)
+        self._verdicts.update({(v.lane, v.seq): v for v in remedy.verdicts})
         return self._begin()
 
     def _tell_waiting(self) -> list[Action]:

@@ -3,12 +3,13 @@
 Each mutant is the code as it might look if somebody had not thought of that rule.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from collectives.membership import coordinator, frontiers
+from collectives.membership import coordinator, frontiers, stalls
 from collectives.membership.coordinator import Action, Coordinator, Persist, Send
 from collectives.membership.member import Lane, Member
 from collectives.membership.protocol import (
@@ -22,10 +23,11 @@ from collectives.membership.protocol import (
     Record,
     Verdict,
 )
-from collectives.membership.stalls import Judgement
+from collectives.membership.stalls import Complaints, Judgement
 
 Patch = tuple[Any, str, Any]
 
+_judge = Complaints.judge
 _begin = Coordinator._begin
 _decide = Coordinator._decide
 _settle = Coordinator._settle
@@ -189,7 +191,7 @@ def _settle_keeping_safe(self: Coordinator, decision: Decision) -> None:
 def _never_silent(self: Coordinator, now: float) -> list[Action]:
     self._notice_gap(now)
     self._ticked = now
-    return self._judge_stalls(now) + self._mend_links(now)
+    return self._remedy(now)
 
 
 def _all_silent_are_dead(self: Coordinator, now: float) -> None:
@@ -267,12 +269,9 @@ def _no_verdict_kept(reports: Any, lanes: Any) -> list[Verdict]:
     return []
 
 
-def _stalls_at_once(self: Coordinator, sender: int, message: Any, now: float) -> list[Action]:
+def _judged_at_once(self: Complaints, rows: Any, beaten: float, now: float) -> Any:
     """A stall is judged on whatever heartbeats there are."""
-    if self.decision is None or message.epoch != self.decision.epoch or self.change:
-        return []
-    rows = {m: {s.lane: s for s in self.peers[m].lanes} for m in self.members}
-    return self._judge_stall(rows, message.lane, message.seq, sender, now)
+    return _judge(self, rows, math.inf, now + self.options.heartbeat_timeout)
 
 
 def _views_move(self: Member, name: str) -> Lane:
@@ -329,9 +328,9 @@ MUTANTS: dict[str, list[Patch]] = {
     "admission is not asked again": _member(_again=_again_never),
     "verdicts only for those inside": _member(on_decision=_verdicts_for_those_inside),
     "what all staged is not completed": _member(_carry_over=_carry_over_nothing),
-    "a link may fail for ever": [(coordinator, "link_to_evict", _links_are_mended_for_ever)],
-    "nobody is ever absent": [(coordinator, "judge_stall", _nobody_is_absent)],
-    "stalls are judged at once": _coordinator(_stalled=_stalls_at_once),
+    "a link may fail for ever": [(stalls, "link_to_evict", _links_are_mended_for_ever)],
+    "nobody is ever absent": [(stalls, "judge_stall", _nobody_is_absent)],
+    "stalls are judged at once": [(Complaints, "judge", _judged_at_once)],
     "views move under a caller": _member(lane=_views_move),
 }
 
