@@ -29,6 +29,8 @@ _PATIENCE = timedelta(days=30) if can_wake() else timedelta(seconds=60)
 """Waits end by `abort` alone; gloo needs a number. Where `abort` cannot wake them all, it must be a small one."""
 _POISON_TAG = CHANNELS
 _CLOSE_SECONDS = 2.0
+_BUILD_SECONDS = 15.0
+"""Gloo connects in milliseconds, or hangs because a peer went; a thread that is left behind in it ends after this."""
 
 
 class _GlooPending(Pending):
@@ -109,7 +111,7 @@ class GlooTransport(Transport):
 
         def build() -> None:
             try:
-                self._build(timeout)
+                self._build(min(timeout, _BUILD_SECONDS))
             except (RuntimeError, RingholdError) as error:
                 failure.append(error.with_traceback(None))  # it would keep gloo's objects alive, in a circle
             finally:
