@@ -23,6 +23,8 @@ from collectives.hashing import digest
 ENTERED, LEFT, ACTIVE, AIM, AIM_SIGNAL, AIM_DELAY, STRUCK, LEAVE = range(8)
 """Words: numbers of operations; a count that moves while the peer does; 1 + number of the fault point to strike at,
 the signal, microseconds to wait there; when that was (ns since 1970); whether to leave."""
+SETTLE_SECONDS = 20.0
+"""More than a thread stays behind whose build of a gloo group was abandoned."""
 ADMIT_EVERY = 4
 """Operations between two safe points."""
 
@@ -43,7 +45,7 @@ def check_members(desk: Desk, seed: int) -> None:
         except Evicted as error:
             desk.report("evicted", reason=str(error)[:500])
             comm.close()
-    after = _settled(before)
+    after = _settled(desk, before)
     desk.report(
         "usage", lives=lives, before=before, after=after, threads=[thread.name for thread in threading.enumerate()]
     )
@@ -151,11 +153,12 @@ class _Member:
         faults.arm(faults.POINTS[words[AIM] - 1], strike)
 
 
-def _settled(before: dict[str, int], seconds: float = 5.0) -> dict[str, int]:
+def _settled(desk: Desk, before: dict[str, int]) -> dict[str, int]:
     """What is held after leaving; what gloo takes down in the background gets some time for that."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SETTLE_SECONDS
     while True:
         after = usage()
         if time.monotonic() > end or all(after[key] <= before[key] for key in before if key != "rss"):
             return after
-        time.sleep(0.02)
+        time.sleep(0.05)
+        desk.words[ACTIVE] += 1
