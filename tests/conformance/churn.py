@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from collectives import faults
-from tests.conformance.losses import dying
+from tests.conformance.losses import BULK, dying
 from tests.harness.peer import Peer
 
-COUNT = 1_000_000
+COUNT = BULK
 
 
 def holdings(process: str = "self") -> dict[str, int]:

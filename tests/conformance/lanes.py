@@ -11,7 +11,7 @@ from collectives import faults
 from collectives.communicator import Communicator
 from collectives.errors import CrossedWaits, Evicted, LaneMisuse, MemberLost, OperationTimeout, UsageError
 from collectives.outcome import Outcome
-from tests.conformance.losses import dying, goes_on
+from tests.conformance.losses import BULK, dying, goes_on
 from tests.harness.peer import Peer
 
 
@@ -84,7 +84,7 @@ def interrupted(peer: Peer, point: str) -> dict[str, Any]:
 
         faults.arm("enter" if point == "signal" else point, interrupt)
         try:
-            comm.all_reduce(torch.ones(300_000), algorithm="ring")
+            comm.all_reduce(torch.ones(BULK), algorithm="ring")
             raise AssertionError("it was not interrupted")
         except KeyboardInterrupt:
             said = ask_for_error(lambda: goes_on(comm), Evicted)
@@ -96,7 +96,7 @@ def interrupted(peer: Peer, point: str) -> dict[str, Any]:
     else:
         if point == "signal":
             peer.hear("go")
-        tensor = torch.ones(300_000)
+        tensor = torch.ones(BULK)
         outcome = comm.all_reduce(tensor, algorithm="ring")
         while not comm.admit():
             time.sleep(0.005)

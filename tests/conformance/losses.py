@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,8 +20,12 @@ from collectives.transports.base import Transport
 from tests.conformance.values import exact, reduced
 from tests.harness.peer import Peer, bits
 
-COUNTS = {"small": 600, "bulk": 360_000}
-"""Elements of single precision; in notes, or in several bulk transfers."""
+SMALL = 600
+BULK = 1_100_004
+"""Elements of single precision whose quarter is more than a transport sends as a note; divisible by 12."""
+ROW = 300_000
+"""The same where the whole is sent."""
+PATTERN = 997
 
 
 def dying(peer: Peer) -> Callable[[str], None]:
@@ -36,8 +40,21 @@ def dying(peer: Peer) -> Callable[[str], None]:
 
 
 def input_of(member: int, count: int, number: int) -> Tensor:
-    """What a member gives to operation `number`."""
-    return exact(member, [count], torch.float32, "sum", number)
+    """What a member gives to operation `number`: a pattern of exact values, over and over."""
+    return _tiled(_pattern(member, number), count)
+
+
+def average(members: Sequence[int], count: int, number: int) -> Tensor:
+    """The average of their inputs."""
+    return _tiled(reduced([_pattern(member, number) for member in members], "avg"), count)
+
+
+def _pattern(member: int, number: int) -> Tensor:
+    return exact(member, [PATTERN], torch.float32, "sum", number)
+
+
+def _tiled(pattern: Tensor, count: int) -> Tensor:
+    return pattern.repeat(-(-count // PATTERN))[:count]
 
 
 def perform(comm: Communicator, kind: str, tensor: Tensor, root: int, **how: Any) -> Outcome:
@@ -56,25 +73,26 @@ def perform(comm: Communicator, kind: str, tensor: Tensor, root: int, **how: Any
     return actions[kind]()
 
 
-def expected(kind: str, inputs: list[Tensor], rank: int, root: int) -> Tensor | None:
-    """What it must give, by arithmetic; `root` is a rank."""
+def expected(kind: str, who: Sequence[int], count: int, number: int, rank: int, root: int) -> Tensor | None:
+    """What it must give, by arithmetic, to the member of that rank if these contributed."""
     match kind:
         case "all_reduce" | "all_reduce out of place":
-            return reduced(inputs, "avg")
+            return average(who, count, number)
         case "reduce_scatter":
-            return reduced(inputs, "avg").view(len(inputs), -1)[rank]
+            return average(who, count, number).view(len(who), -1)[rank]
         case "all_gather" | "all_gather to out":
-            return torch.stack(inputs)
+            return torch.stack([input_of(member, count, number) for member in who])
         case "exchange":
-            return reduced(inputs, "sum")
+            return _tiled(reduced([_pattern(member, number) for member in who], "sum"), count)
         case "barrier":
             return None
-    return inputs[root]
+    return input_of(root, count, number)
 
 
 def witness(comm: Communicator, kind: str, size: str, number: int, root: int, **how: Any) -> dict[str, Any]:
     """Run one operation and tell all about its end."""
-    members, rank, count = comm.members, comm.rank, COUNTS[size]
+    members, rank = comm.members, comm.rank
+    count = SMALL if size == "small" else BULK if kind in SCATTERED else ROW
     tensor = input_of(comm.member_id, count, number)
     before = tensor.clone()
     report: dict[str, Any] = {"before": members, "member": comm.member_id}
@@ -85,8 +103,7 @@ def witness(comm: Communicator, kind: str, size: str, number: int, root: int, **
         report |= {"intact": torch.equal(tensor, before)}
     else:
         who = outcome.contributors
-        inputs = [input_of(member, count, number) for member in who]
-        want = expected(kind, inputs, rank, who.index(members[root]) if members[root] in who else 0)
+        want = expected(kind, who, count, number, rank, members[root])
         report |= {"contributors": who, "epoch": outcome.epoch, "from_staging": outcome.from_staging}
         report |= {"right": outcome.result is want if want is None else torch.equal(_result(outcome), want)}
         # The bits of a share say nothing to the others.
@@ -95,6 +112,7 @@ def witness(comm: Communicator, kind: str, size: str, number: int, root: int, **
     return report | {"after": comm.members, "rank": comm.rank}
 
 
+SCATTERED = ("all_reduce", "all_reduce out of place", "reduce_scatter", "exchange")
 OUT_OF_PLACE = ("all_reduce out of place", "reduce_scatter", "all_gather", "all_gather to out", "barrier")
 
 
@@ -164,13 +182,12 @@ def many_lanes(peer: Peer, skip: int) -> list[list[int]]:
     if comm.rank == 1:
         faults.arm("transfer", dying(peer), skip=skip)
     keys = [(lane, turn) for turn in range(3) for lane in range(5)]
-    tensors = {(lane, turn): input_of(comm.member_id, 30_000, 10 * lane + turn) for lane, turn in keys}
+    tensors = {key: input_of(comm.member_id, 30_000, number) for number, key in enumerate(keys)}
     works = {key: comm.all_reduce(tensor, "avg", lane=f"l{key[0]}", async_op=True) for key, tensor in tensors.items()}
     seen = []
-    for (lane, turn), work in works.items():
+    for number, (key, work) in enumerate(works.items()):
         who = work.wait().contributors
-        inputs = [input_of(member, 30_000, 10 * lane + turn) for member in who]
-        assert torch.equal(tensors[lane, turn], reduced(inputs, "avg"))
+        assert torch.equal(tensors[key], average(who, 30_000, number))
         seen.append(list(who))
     assert goes_on(comm)
     comm.leave()

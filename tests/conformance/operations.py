@@ -114,12 +114,12 @@ def reduce_roughly(comm: Communicator) -> list[str]:
         step = torch.finfo(dtype).eps * (1 if dtype in HALF else comm.size)
         for algorithm in ("auto", "bidirectional", "doubling"):
             found = []
-            for _ in range(2):
+            for _ in range(2 if op == "sum" else 1):
                 result = comm.all_reduce(inputs[comm.rank], op, inplace=False, algorithm=algorithm).result
                 assert result is not None
                 torch.testing.assert_close(result.to(torch.float64), expected, rtol=step, atol=8 * min(step, 2**-21))
                 found.append(bits(result))
-            assert found[0] == found[1], (name, op, algorithm)
+            assert len(set(found)) == 1, (name, op, algorithm)
             digests.append(found[0])
     return digests
 
@@ -131,7 +131,7 @@ def scatter_reductions(comm: Communicator) -> list[str]:
         cases += [(name, [3], op, algorithm, "contiguous") for op in ops_of(getattr(torch, name))]
     for rest, algorithm, layout in product(([], [0], [501, 3]), RINGS, ("contiguous", "transposed", "leaf")):
         cases += [("float32", rest, "avg", algorithm, layout)]
-    cases += [(name, [70_001], "avg", "auto", "contiguous") for name in ("float32", "float16")]
+    cases += [(name, [150_001], "avg", "auto", "contiguous") for name in ("float32", "float16")]
     digests = []
     for number, (name, rest, op, algorithm, layout) in enumerate(cases):
         inputs = contributions(comm, [2 * comm.size, *rest], getattr(torch, name), op, number)

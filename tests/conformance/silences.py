@@ -10,11 +10,10 @@ import torch
 
 from collectives import faults
 from collectives.communicator import Communicator
+from collectives.epochs import TRANSPORTS
 from collectives.errors import Evicted, TransportLost
-from collectives.transports.gloo import GlooTransport
 from tests.conformance.lanes import ask_for_error
-from tests.conformance.losses import goes_on, input_of
-from tests.conformance.values import reduced
+from tests.conformance.losses import BULK, average, goes_on, input_of
 from tests.harness.peer import Peer
 
 
@@ -22,7 +21,7 @@ def reduce_rightly(comm: Communicator, number: int, count: int = 100_000, lane: 
     """An all-reduce in place of exact values; checks every bit and returns the contributors."""
     tensor = input_of(comm.member_id, count, number)
     outcome = comm.all_reduce(tensor, "avg", algorithm="ring", lane=lane)
-    assert torch.equal(tensor, reduced([input_of(member, count, number) for member in outcome.contributors], "avg"))
+    assert torch.equal(tensor, average(outcome.contributors, count, number))
     return list(outcome.contributors)
 
 
@@ -38,14 +37,14 @@ def stopped(peer: Peer, point: str) -> dict[str, Any]:
             peer.hear("woken")
 
         faults.arm(point, pause)
-        said = ask_for_error(lambda: [reduce_rightly(comm, number) for number in range(2, 9)], Evicted)
+        said = ask_for_error(lambda: [reduce_rightly(comm, number, BULK) for number in range(2, 9)], Evicted)
         comm.close()
         comm = peer.join()
         comm.sync({})
         assert goes_on(comm)
         comm.leave()
         return {"said": said, "rejoined": comm.member_id}
-    seen = [reduce_rightly(comm, number) for number in range(2, 9)]
+    seen = [reduce_rightly(comm, number, BULK) for number in range(2, 9)]
     peer.say("done")
     while not comm.admit():
         time.sleep(0.01)
@@ -121,20 +120,21 @@ def slow(peer: Peer) -> list[int]:
 def unbuilt(peer: Peer, failure: str) -> dict[str, Any]:
     """On rank 1 the first transport after a loss cannot be built, for a reason that names no peer."""
     comm = peer.join()
-    assert goes_on(comm)
     rank = comm.rank
-    if rank == 2:
-        comm.leave()
-        return {}
-    original = GlooTransport.connect
+    kind = TRANSPORTS[peer.setting["transport"]]
+    original = kind.connect
     failures = [OSError(24, "Too many open files") if failure == "system" else TransportLost("gloo could not connect")]
 
-    def connect(transport: GlooTransport, timeout: float) -> None:
+    def connect(transport: Any, timeout: float) -> None:
         original(transport, timeout)
         if failures and rank == 1:
             raise failures.pop()
 
-    with mock.patch.object(GlooTransport, "connect", connect):
+    with mock.patch.object(kind, "connect", connect):
+        assert goes_on(comm)
+        if rank == 2:
+            comm.leave()
+            return {}
         while len(seen := reduce_rightly(comm, 2)) == 3:
             time.sleep(0.01)
         assert goes_on(comm)

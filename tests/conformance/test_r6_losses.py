@@ -1,6 +1,7 @@
 """Rules R2, R3 and R6: a member of any rank dies at any point of any operation.
 
-With RINGHOLD_LONG=1 in the environment every rank dies at every point of every kind, else each in turn:
+With RINGHOLD_LONG=1 in the environment every rank dies at every point of every kind on every transport, else each in
+turn:
 
     RINGHOLD_LONG=1 pytest tests/conformance/test_r6_losses.py
 """
@@ -39,17 +40,21 @@ NEVER = {
 
 LONG = os.environ.get("RINGHOLD_LONG") == "1"
 WORLD = 4
+SIZES = ("small", "bulk")
+TRANSPORTS = ("gloo", "sockets")
 
 
-def deaths() -> list[tuple[str, str, int, str]]:
-    """Kind, point, rank of the first victim, size."""
+def deaths() -> list[tuple[str, str, int, str, str]]:
+    """Kind, point, rank of the first victim, size, transport."""
     cases = []
     pairs = [(kind, point) for kind, point in product(KINDS, POINTS) if point not in NEVER.get(kind, ())]
     for number, (kind, point) in enumerate(pairs):
         every = LONG or kind == "all_reduce"
         for rank in range(WORLD) if every else [(number + number // WORLD) % WORLD]:
-            sizes = ("small", "bulk") if LONG else (("small", "bulk")[(number + rank) % 2],)
-            cases += [(kind, point, rank, size) for size in sizes]
+            turn = number + rank
+            sizes = SIZES if LONG else (SIZES[turn % 2],)
+            transports = TRANSPORTS if LONG else (TRANSPORTS[turn % 3 == 2],)
+            cases += [(kind, point, rank, size, transport) for size, transport in product(sizes, transports)]
     return cases
 
 
@@ -86,12 +91,12 @@ def judge(reports: list[dict[str, Any]], kind: str, point: str, victim: int) -> 
     assert point not in ("confirmed", "copied"), "the victim had returned a result that the survivors lack"
 
 
-@pytest.mark.parametrize(("kind", "point", "rank", "size"), deaths())
-def test_r6_a_death_ends_alike_on_all_survivors(kind: str, point: str, rank: int, size: str) -> None:
+@pytest.mark.parametrize(("kind", "point", "rank", "size", "transport"), deaths())
+def test_r6_a_death_ends_alike_on_all_survivors(kind: str, point: str, rank: int, size: str, transport: str) -> None:
     victims = [rank, (rank + 1) % (WORLD - 1), rank % (WORLD - 2)]
     # In recursive doubling some ranks reduce nothing.
     algorithm = "ring" if point == "reduce" else "auto"
-    with Cluster(founders=WORLD) as cluster:
+    with Cluster(founders=WORLD, transport=transport) as cluster:
         living = cluster.peers(mortal, WORLD, kind=kind, point=point, size=size, victims=victims, algorithm=algorithm)
         for victim in victims:
             reports = []

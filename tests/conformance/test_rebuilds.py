@@ -23,8 +23,9 @@ MOST_KIB = 20 * 1024
 
 
 @pytest.mark.timeout(600 if LONG else 120)
-def test_rebuilding_again_and_again_leaks_nothing() -> None:
-    with Cluster(founders=3) as cluster:
+@pytest.mark.parametrize("transport", ["gloo", "sockets"] if LONG else ["gloo"])
+def test_rebuilding_again_and_again_leaks_nothing(transport: str) -> None:
+    with Cluster(founders=3, transport=transport) as cluster:
         veterans = cluster.peers(veteran, 3, rounds=ROUNDS)
         coordinator = []
         for _ in range(ROUNDS):

@@ -249,17 +249,17 @@ class Cluster:
         options: of coordinator and peers, see `collectives.options.Options`. `founders` is how many peers the first
             epoch waits for. Unless given, `heartbeat_timeout` is long, so that a busy machine gets nobody evicted: a
             death by signal is noticed at once without it.
-        transport: what the peers join with.
+        transport: what the peers join with; empty: RINGHOLD_TEST_TRANSPORT, else gloo.
         coordinator: False starts none.
 
     """
 
     RUN = "test"
 
-    def __init__(self, *, transport: str = "gloo", coordinator: bool = True, **options: Any) -> None:
+    def __init__(self, *, transport: str = "", coordinator: bool = True, **options: Any) -> None:
         self.options = {"heartbeat_timeout": 10.0, **options}
         Options.resolve(self.options, {})
-        self.transport = transport
+        self.transport = transport or os.environ.get("RINGHOLD_TEST_TRANSPORT", "gloo")
         self.processes: list[Process] = []
         self.port = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ringhold-test-")

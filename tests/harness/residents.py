@@ -37,7 +37,7 @@ def reside(peer: Peer) -> None:
 class Residents:
     """`size` peers in a cluster of their own; a context manager."""
 
-    def __init__(self, size: int, *, transport: str = "gloo", **options: Any) -> None:
+    def __init__(self, size: int, *, transport: str = "", **options: Any) -> None:
         self.size = size
         self.cluster = Cluster(transport=transport, founders=size, **options)
         joining = self.cluster.peers(reside, size)
