@@ -51,6 +51,8 @@ class Headquarters:
         self.coordinator: Coordinator | None = None
         self.incarnation = 0
         self.stopped = False
+        self.away = 0.0
+        """Seconds that it was dead or stopped, all in all."""
         self._links: dict[int, Link] = {}
         self._last_link = 0
         self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
@@ -80,6 +82,7 @@ class Headquarters:
         if self.coordinator is None:
             return
         world = self.world
+        self.away += seconds
         self.coordinator = None
         self.stopped = False
         self._backlog.clear()
@@ -97,6 +100,7 @@ class Headquarters:
         """Get no time for a while."""
         if self.coordinator is not None and not self.stopped:
             self.stopped = True
+            self.away += seconds
             self.world.after(seconds, self._gate_awake, self.incarnation)
 
     def _gate_awake(self, incarnation: int) -> None:

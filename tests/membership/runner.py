@@ -32,6 +32,8 @@ class Header:
     kind: str
     root: int
     on_loss: str
+    refused: bool = False
+    """The sender takes no part: members that it counted on are gone."""
     bit: bool = field(default=False, compare=False)
 
 
@@ -120,7 +122,7 @@ class Runner:
                 continue
             members = core.past[verdict.epoch]
             yield from self.point("verdict")
-            self._refuse_if_lost(call, seq, mesh, members)
+            yield from self._refuse_if_lost(call, seq, mesh, members)
             attempts += 1
             last = mesh.epoch
             if attempts > 1:
@@ -213,17 +215,17 @@ class Runner:
         return note
 
     def _header(self, call: Call, seq: int) -> Header:
-        return Header(seq, 0 if call.elastic else call.view, call.kind, call.root, call.on_loss, call.bit)
+        return Header(seq, 0 if call.elastic else call.view, call.kind, call.root, call.on_loss, bit=call.bit)
 
     def _complain(self, mine: Header, theirs: Header, lane: str, epoch: int, other: int) -> None:
         core = self.host.core
         by_view = mine.view != theirs.view and replace(mine, view=theirs.view) == theirs
-        lost = by_view or theirs.seq > mine.seq
+        lost = theirs.refused or by_view or theirs.seq > mine.seq
         self.judge.count("differs by a loss" if lost else "differs")
         self.host.post(core.complain(Differs(epoch, lane, mine.seq, str(mine), str(theirs), other, lost)))
         raise Lost(0)
 
-    def _refuse_if_lost(self, call: Call, seq: int, mesh: Mesh, members: tuple[int, ...]) -> None:
+    def _refuse_if_lost(self, call: Call, seq: int, mesh: Mesh, members: tuple[int, ...]) -> Steps:
         core = self.host.core
         lost = tuple(m for m in call.members if m not in members)
         if not lost or (call.elastic and call.root not in lost):
@@ -231,6 +233,8 @@ class Runner:
         me = core.member
         if len(members) > 1:
             with suppress(Lost):
-                mesh.send(me, members[(members.index(me) + 1) % len(members)], call.lane, self._header(call, seq))
+                note = replace(self._header(call, seq), refused=True)
+                mesh.send(me, members[(members.index(me) + 1) % len(members)], call.lane, note)
+        yield from self.point("refusing")
         self.judge.count("refused by its own view")
         raise MemberLost("lost", lost, members)
