@@ -7,8 +7,8 @@ from typing import Any
 from unittest import mock
 
 from collectives import faults
-from collectives.epochs import TRANSPORTS
 from collectives.errors import RingholdError
+from collectives.membership.protocol import VERSION
 from collectives.membership.session import Event
 from tests.conformance.losses import dying
 from tests.conformance.silences import reduce_rightly
@@ -80,16 +80,12 @@ class _Deadly(list[Event]):
 
 
 def tries(peer: Peer, version: int = 0, **how: Any) -> dict[str, Any]:
-    """Try to join, maybe with another version of the protocol or another transport; tell how it ended."""
+    """Try to join, maybe with another version of the protocol; tell how it ended."""
     began = time.monotonic()
     said: dict[str, Any]
     try:
-        with mock.patch.dict(TRANSPORTS, other=TRANSPORTS["gloo"]):
-            if version:
-                with mock.patch("collectives.membership.wire.VERSION", version):
-                    comm = peer.join(**how)
-            else:
-                comm = peer.join(**how)
+        with mock.patch("collectives.membership.wire.VERSION", version or VERSION):
+            comm = peer.join(**how)
     except RingholdError as error:
         said = {"error": type(error).__name__, "message": str(error)}
     else:

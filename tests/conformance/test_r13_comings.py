@@ -118,13 +118,13 @@ def test_r13_too_few_members_end_the_run(options: dict[str, Any], said: str) -> 
         ({"token": "wrong"}, "JoinRefused", "wrong token"),
         ({"run": "other"}, "JoinRefused", "serves run 'test', not 'other'"),
         ({"version": 9}, "JoinRefused", "install the same release"),
-        ({"transport": "other"}, "JoinRefused", "this run uses transport 'gloo', the peer wants 'other'"),
+        ({"transport": "sockets"}, "JoinRefused", "this run uses transport 'gloo', the peer wants 'sockets'"),
         ({"transport": "pigeon"}, "OptionError", "unknown transport 'pigeon'"),
         ({"join_timeout": 0.4}, "CoordinatorUnreachable", "no epoch took this peer in within 0.4 s"),
     ],
 )
 def test_r13_who_does_not_fit_is_told_why(how: dict[str, Any], error: str, said: str) -> None:
-    with Cluster(founders=1) as cluster:
+    with Cluster(founders=1, transport="gloo") as cluster:
         crew = Crew(cluster)
         crew.found(1)
         result = cluster.run(tries, 1, **how)[0]
