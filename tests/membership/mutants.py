@@ -56,10 +56,6 @@ def _report_without_staged(self: Lane) -> LaneReport:
     return LaneReport(self.complete, self.complete_epoch, 0, 0, self.entered, self.entered - self.busy)
 
 
-def _report_without_left(self: Lane) -> LaneReport:
-    return LaneReport(self.complete, self.complete_epoch, self.staged, self.staged_epoch, self.entered, 0)
-
-
 def _frontiers_of_any(reports: frontiers.Reports) -> dict[str, LaneFrontier]:
     """What anybody staged is taken for complete."""
     lanes = _frontiers(reports)
@@ -296,8 +292,7 @@ MUTANTS: dict[str, list[Patch]] = {
     "complete() ignores the fence": _member(complete=_complete_ignoring_the_fence),
     "stage() ignores the fence": _member(stage=_stage_ignoring_the_fence),
     "staged operations are not reported": [(Lane, "report", _report_without_staged)],
-    "what was left is not reported": [(Lane, "report", _report_without_left)],
-    "what was left has no verdict": [(coordinator, "given_up", _no_verdict_kept)],
+    "what a survivor has left has no verdict": [(coordinator, "given_up", _no_verdict_kept)],
     "frontier: what anybody staged": _frontier(_frontiers_of_any),
     "frontier: complete ones only": _frontier(_frontiers_of_complete_only),
     "frontier: the slowest member": _frontier(_frontiers_of_the_slowest),
@@ -337,8 +332,7 @@ MUTANTS: dict[str, list[Patch]] = {
 
 SHOWN_BY: dict[str, tuple[str, ...]] = {
     "stage() ignores the fence": ("loss", "mixed", "views"),
-    "what was left is not reported": ("views", "mismatch"),
-    "what was left has no verdict": ("views", "mismatch"),
+    "what a survivor has left has no verdict": ("views", "mismatch"),
     "failed links are not reported": ("link",),
     "nobody is ever absent": ("stall",),
     "stalls are judged at once": ("stall", "link"),

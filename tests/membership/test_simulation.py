@@ -11,7 +11,7 @@ from tests.membership.history import THEMES, draw
 from tests.membership.judge import Violation
 from tests.membership.mutants import MUTANTS, SHOWN_BY, break_rule
 
-HISTORIES = 5000
+HISTORIES = 4000
 MOST_SEEDS = 12_000
 """Seeds in which a mutant must show itself; the slowest one takes some thousands."""
 
