@@ -4,7 +4,8 @@
 
 Each member reduces a tensor of 64 MiB again and again, in place and out of place. Counted is the peak of its resident
 memory over what it held when only the tensor was there, less the result that it was given. Exits with 1 where that is
-more than twice the tensor.
+more than twice the tensor and the slack below. Half precision is reduced in single precision, which takes twice its
+size by itself.
 """
 
 import sys
@@ -21,8 +22,9 @@ from benchmarks.figures import table, write_json
 from collectives.errors import RingholdError
 
 LIMIT = 2.0
-SLACK = 4 << 20
-"""Bytes that come and go with the interpreter, threads and sockets."""
+SLACK = 24 << 20
+"""Bytes that do not grow with the tensor: scratch memory and temporaries of some segments of 1 MiB, what the heap keeps
+of them, threads and sockets."""
 WARM_UP, MEASURED = 3, 5
 """Operations."""
 PATIENCE = 120.0
@@ -33,7 +35,7 @@ _MIB = 1 << 20
 def measure(desk: Desk, size: int, dtype: str, inplace: bool) -> None:
     """Reduce a tensor of `size` bytes and report the memory that it took."""
     comm = desk.join()
-    small = torch.ones(SLACK // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
+    small = torch.ones(1 << 14, dtype=DTYPES[dtype])
     for _ in range(2):  # what is loaded with the first operation is no staging
         comm.all_reduce(small, "avg", inplace=inplace)
     tensor = torch.ones(size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
@@ -92,7 +94,8 @@ def run(size: int, dtype: str, ranks: int, inplace: bool) -> dict[str, Any]:
 def main(mib: int, json_file: Path | None) -> None:
     """Measure the memory that an all-reduce takes besides the caller's."""
     rows = [run(mib * _MIB, dtype, ranks, inplace) for dtype, ranks, inplace in product(DTYPES, (2, 4), (True, False))]
-    print(f"all_reduce of {mib} MiB; MiB of resident memory over the tensor alone, in steady state; limit {LIMIT:g}x")
+    print(f"all_reduce of {mib} MiB; MiB of resident memory over the tensor alone, in steady state")
+    print(f"limit: {LIMIT:g}x and {SLACK // _MIB} MiB")
     header = ["dtype", "ranks", "", "peak", "between", "staging", "of the tensor", ""]
     print(
         table(
@@ -112,7 +115,7 @@ def main(mib: int, json_file: Path | None) -> None:
             ],
         )
     )
-    write_json(json_file, {"mib": mib, "limit": LIMIT, "rows": rows})
+    write_json(json_file, {"mib": mib, "limit": LIMIT, "slack_mib": SLACK // _MIB, "rows": rows})
     sys.exit(0 if all(row["ok"] for row in rows) else 1)
 
 
