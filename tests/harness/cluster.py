@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from collectives.membership.protocol import Inspect, Status, decode_from_coordinator
 from collectives.membership.wire import connect
@@ -65,11 +65,11 @@ class Zygote:
         theirs.close()
         self._line = mine
         self._lock = threading.Lock()
-        self._started: list[int] = []
+        self._started: list[Child] = []
         self._ended: dict[int, int] = {}
 
-    def fork(self, request: Mapping[str, Any], line: socket.socket) -> int:
-        """Start a process; returns its id. `line` becomes its own."""
+    def fork(self, request: Mapping[str, Any], line: socket.socket) -> "Child":
+        """Start a process. `line` becomes its own."""
         with self._lock:
             socket.send_fds(self._line, [json.dumps(request).encode()], [line.fileno()])
             deadline = time.monotonic() + PATIENCE
@@ -77,15 +77,15 @@ class Zygote:
                 assert self._read(deadline), "the zygote does not answer"
             return self._started.pop()
 
-    def status(self, pid: int, timeout: float) -> int:
+    def status(self, child: "Child", timeout: float) -> int:
         """Wait for the end of a process: its exit code, or the signal that ended it as a negative number."""
         deadline = time.monotonic() + timeout
         while True:
             with self._lock:
-                if pid in self._ended:
-                    return self._ended[pid]
+                if child.number in self._ended:
+                    return self._ended[child.number]
                 self._read(min(deadline, time.monotonic() + 0.05))
-            assert time.monotonic() < deadline, f"process {pid} did not end in {timeout} s"
+            assert time.monotonic() < deadline, f"process {child.pid} did not end in {timeout} s"
 
     def close(self) -> None:
         """End it, and all that were forked from it."""
@@ -95,14 +95,22 @@ class Zygote:
     def _read(self, deadline: float) -> bool:
         if not select.select([self._line], [], [], max(0.0, deadline - time.monotonic()))[0]:
             return False
-        data = self._line.recv(1 << 16)
+        data, handles, _, _ = socket.recv_fds(self._line, 1 << 16, 1)
         assert data, "the zygote is gone"
         message = json.loads(data)
         if "started" in message:
-            self._started.append(message["started"])
+            self._started.append(Child(message["started"], message["pid"], handles[0]))
         else:
             self._ended[message["ended"]] = message["status"]
         return True
+
+
+class Child(NamedTuple):
+    """A process that was forked: its number (never used again, unlike process ids), its id, and a pidfd."""
+
+    number: int
+    pid: int
+    handle: int
 
 
 _zygote: Zygote | None = None
@@ -134,12 +142,13 @@ class Ending:
 class Process:
     """A process of a cluster, seen from the test."""
 
-    def __init__(self, name: str, pid: int, line: socket.socket, log: Path) -> None:
-        self.name, self.pid, self.log = name, pid, log
+    def __init__(self, name: str, child: Child, line: socket.socket, log: Path) -> None:
+        self.name, self.pid, self.log = name, child.pid, log
+        self._child = child
         self._line = line
         self._unread = b""
         self._events: list[dict[str, Any]] = []
-        self._eof = False
+        self._eof = self._ended = False
         self._ending: Ending | None = None
 
     def __repr__(self) -> str:
@@ -172,7 +181,7 @@ class Process:
             while not self._eof and not any(one["event"] == "ended" for one in self._events):
                 assert self._read(deadline) or self._eof, f"{self} did not end in {timeout} s, {self._story()}"
             said = next((one for one in self._events if one["event"] == "ended"), None)
-            status = zygote().status(self.pid, max(1.0, deadline - time.monotonic()))
+            status = zygote().status(self._child, max(1.0, deadline - time.monotonic()))
             if said is None:
                 assert status < 0, f"{self} ended with exit code {status} and no word, {self._story()}"
                 self._ending = Ending(signal=-status)
@@ -191,13 +200,13 @@ class Process:
         return ending.value
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
+        """Send a signal. Raises `ProcessLookupError` if the process is gone."""
+        signal.pidfd_send_signal(self._child.handle, number)
 
     def kill(self) -> None:
         """End it by SIGKILL, and wait until it is gone."""
         self.signal(signal.SIGKILL)
-        zygote().status(self.pid, PATIENCE)
+        zygote().status(self._child, PATIENCE)
 
     def stop(self) -> None:
         """Stop it by SIGSTOP, and wait until it has stopped."""
@@ -213,10 +222,13 @@ class Process:
 
     def end(self) -> None:
         """End it if it is still there; for the cluster."""
+        if self._ended:
+            return
+        self._ended = True
         with contextlib.suppress(ProcessLookupError):
-            if self._ending is None:
-                os.kill(self.pid, signal.SIGKILL)
-                zygote().status(self.pid, PATIENCE)
+            self.signal(signal.SIGKILL)
+        zygote().status(self._child, PATIENCE)
+        os.close(self._child.handle)
         self._line.close()
 
     def _read(self, deadline: float) -> bool:
@@ -306,9 +318,9 @@ class Cluster:
             "options": self.options,
         }
         request = {"program": reference, "name": name, "given": given, "setting": setting, "log": str(log)}
-        pid = zygote().fork(request, theirs)
+        child = zygote().fork(request, theirs)
         theirs.close()
-        process = Process(name, pid, mine, log)
+        process = Process(name, child, mine, log)
         self.processes.append(process)
         return process
 

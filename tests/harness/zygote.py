@@ -32,7 +32,9 @@ def main(descriptor: int) -> NoReturn:
     signal.set_wakeup_fd(waker.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test's; it closes the line
-    children: set[int] = set()
+    children: dict[int, int] = {}
+    """The number of each child by process id; ids are used again, numbers are not."""
+    number = 0
     while True:
         ready, _, _ = select.select([control, wake], [], [])
         if wake in ready:
@@ -58,19 +60,22 @@ def main(descriptor: int) -> NoReturn:
                     end.close()
                 _become(json.loads(data), line, parent)
             line.close()
-            children.add(pid)
-            control.send(json.dumps({"started": pid}).encode())
+            number += 1
+            children[pid] = number
+            handle = os.pidfd_open(pid)
+            socket.send_fds(control, [json.dumps({"started": number, "pid": pid}).encode()], [handle])
+            os.close(handle)
 
 
-def _reap(control: socket.socket, children: set[int]) -> None:
+def _reap(control: socket.socket, children: dict[int, int]) -> None:
     """Tell of every child that ended: its exit code, or the signal as a negative number."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        children.discard(pid)
+        word = {"ended": children.pop(pid), "status": os.waitstatus_to_exitcode(status)}
         with contextlib.suppress(BrokenPipeError):
-            control.send(json.dumps({"ended": pid, "status": os.waitstatus_to_exitcode(status)}).encode())
+            control.send(json.dumps(word).encode())
 
 
 def _become(request: dict[str, Any], line: socket.socket, parent: int) -> NoReturn:
