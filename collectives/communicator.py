@@ -226,13 +226,11 @@ class Communicator(Collectives):
         if not bit.item():
             return False
         before = self.members
-        core, changed = session.core, session.changed
-        with changed:
-            if core.error is None:
-                session.post(core.admit())
-            changed.wait_for(lambda: not core.admitting or core.error is not None)
-            if core.error is not None:
-                raise core.error
+        try:
+            session.await_admission()
+        except KeyboardInterrupt:
+            session.depart("KeyboardInterrupt inside admit")  # the others count on us at the safe point
+            raise
         for lane in self._lanes.values():
             lane.refresh()
         return self.members != before

@@ -109,6 +109,16 @@ class Session:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
+    def await_admission(self) -> None:
+        """Stand at a safe point until the coordinator let in who waits (rule R13). Raises what ends the membership."""
+        core = self.core
+        with self.changed:
+            if core.error is None:
+                self.post(core.admit())
+            self.changed.wait_for(lambda: not core.admitting or core.error is not None)
+            if core.error is not None:
+                raise core.error
+
     def depart(self, reason: str) -> None:
         """Be no member any more, at once, and give the coordinator notice (rule R4); harmless if that is so already."""
         with self.changed:

@@ -140,13 +140,18 @@ class _Hand:
         reply.seconds = time.perf_counter() - begun
         self.connection.send(vars(reply))  # plain: this module has another name in the tests
 
-    def do_connect(
-        self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, timeout: float = 20.0
-    ) -> None:
+    def do_connect(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int) -> None:
+        self.do_make(kind, rank, addresses, epoch)
+        self.do_link()
+
+    def do_make(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int) -> None:
+        """The first half of `connect`: an abort that comes after it strikes the new transport, not the old one."""
         if self.transport is not None:
             self.transport.close()
         made = getattr(importlib.import_module(f"collectives.transports.{kind}"), KINDS[kind])
         self.transport = made(self.listener, rank, addresses, KEY, epoch, b"nonce")
+
+    def do_link(self, timeout: float = 20.0) -> None:
         self.transport.connect(timeout)
 
     def do_abort(self) -> None:

@@ -96,7 +96,10 @@ def test_a_member_that_is_stopped_while_gloo_connects_holds_nobody_up(victims: C
         victims.epoch += 1
         for rank in range(3):
             given = {"kind": "gloo", "rank": rank, "addresses": victims.addresses[:3], "epoch": victims.epoch}
-            victims.start(rank, "connect", **given, timeout=3.0)
+            victims.start(rank, "make", **given)
+        for rank in range(3):
+            assert not victims.reply(rank).error
+            victims.start(rank, "link", timeout=3.0)
         time.sleep(0.002 * attempt)
         victims.kill(2, signal.SIGSTOP)
         time.sleep(0.1)

@@ -7,8 +7,9 @@ from typing import Any
 from unittest import mock
 
 from collectives import faults
-from collectives.errors import RingholdError
-from collectives.membership.protocol import VERSION
+from collectives.errors import Evicted, RingholdError
+from collectives.membership.member import Member
+from collectives.membership.protocol import VERSION, FromPeer
 from collectives.membership.session import Event
 from tests.conformance.losses import dying
 from tests.conformance.silences import reduce_rightly
@@ -92,3 +93,37 @@ def tries(peer: Peer, version: int = 0, **how: Any) -> dict[str, Any]:
         said = {"member": comm.member_id, "founder": comm.founder}
         comm.leave()
     return said | {"seconds": time.monotonic() - began}
+
+
+def interrupted_admission(peer: Peer) -> dict[str, Any]:
+    """Rank 0 is interrupted while the coordinator has yet to answer its `admit`."""
+    comm = peer.join()
+    peer.say("rank", rank=comm.rank)
+    if comm.rank > 0 or not comm.founder:
+        if comm.founder:
+            peer.hear("go")
+            while not comm.admit():
+                time.sleep(0.005)
+        comm.sync({})
+        members = comm.members
+        comm.leave()
+        return {"members": members}
+    original = Member.admit
+
+    def admit(core: Member) -> list[FromPeer]:
+        peer.say("admitting")
+        peer.hear("go")
+        return original(core)
+
+    peer.hear("go")
+    with mock.patch.object(Member, "admit", admit):
+        try:
+            while True:
+                comm.admit()
+        except KeyboardInterrupt:
+            pass
+    try:
+        comm.barrier()
+    except Evicted as error:
+        return {"said": str(error)}
+    raise AssertionError("it went on as a member")

@@ -78,3 +78,8 @@ class Crew:
         for process in self.members:
             process.result()
         self.members.clear()
+
+
+def assert_all_contributed(answers: list[dict[str, Any]], crew: Crew) -> None:
+    for answer in answers:
+        assert answer.get("contributors") == crew.ids(), answer

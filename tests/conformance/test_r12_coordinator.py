@@ -2,20 +2,14 @@
 
 import shutil
 import time
-from typing import Any
 
 from collectives.membership.protocol import Status
-from tests.conformance.steering import Crew
+from tests.conformance.steering import Crew, assert_all_contributed
 from tests.harness.cluster import Cluster
 
 
 def all_connected(status: Status) -> bool:
     return all(member.state == "member" for member in status.members)
-
-
-def assert_all_contributed(answers: list[dict[str, Any]], crew: Crew) -> None:
-    for answer in answers:
-        assert answer.get("contributors") == crew.ids(), answer
 
 
 def test_r12_collectives_go_on_without_the_coordinator_and_a_loss_is_handled_after_its_restart() -> None:
@@ -121,4 +115,18 @@ def test_r12_one_journal_one_coordinator_and_never_an_old_one() -> None:
         cluster.start_coordinator()
         cluster.await_status(all_connected)
         assert_all_contributed(crew.lose(0), crew)
+        crew.leave()
+
+
+def test_r12_when_all_members_are_silent_at_once_none_is_evicted() -> None:
+    with Cluster(founders=3, heartbeat=0.1, heartbeat_timeout=1.5) as cluster:
+        crew = Crew(cluster)
+        crew.found(3)
+        for process in crew.members:
+            process.stop()
+        time.sleep(3.0)
+        for process in crew.members:
+            process.wake()
+        assert_all_contributed(crew.reduce(), crew)
+        assert cluster.status().epoch == 1
         crew.leave()

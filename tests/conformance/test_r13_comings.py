@@ -1,11 +1,13 @@
 """Rule R13 and joining: peers come at safe points, leave, die on the way, found a run anew, or are refused."""
 
+import signal
+import time
 from typing import Any
 
 import pytest
 
-from tests.conformance.steered import dies_joining, tries
-from tests.conformance.steering import Crew
+from tests.conformance.steered import dies_joining, interrupted_admission, tries
+from tests.conformance.steering import Crew, assert_all_contributed
 from tests.harness.cluster import Cluster
 
 
@@ -57,6 +59,48 @@ def test_r13_admission_races_with_a_death(who: str, event: str) -> None:
         for answer in crew.reduce():
             assert answer["contributors"] == crew.ids()
             assert answer["members"] == crew.ids()
+        crew.leave()
+
+
+def test_r13_who_is_interrupted_at_the_safe_point_has_departed() -> None:
+    with Cluster(founders=3) as cluster:
+        joined = cluster.peers(interrupted_admission, 3)
+        members = sorted(joined, key=lambda process: process.expect("rank")["rank"])
+        joiner = cluster.peer(interrupted_admission)
+        cluster.await_status(lambda status: status.waiting == 1)
+        for process in members:
+            process.tell("go")
+        members[0].expect("admitting")
+        cluster.coordinator.stop()
+        members[0].tell("go")
+        time.sleep(0.1)
+        members[0].signal(signal.SIGINT)
+        interrupted = members[0].result()
+        cluster.coordinator.wake()
+        assert "KeyboardInterrupt inside admit" in interrupted["said"]
+        assert [process.result()["members"] for process in (*members[1:], joiner)] == [[2, 3, 4]] * 3
+
+
+def test_r13_who_dies_before_the_run_is_founded_is_forgotten() -> None:
+    with Cluster(founders=2) as cluster:
+        crew = Crew(cluster)
+        crew.waiting(1)[0].kill()
+        cluster.await_status(lambda status: status.waiting == 0)
+        crew.found(2)
+        assert crew.ids() == [2, 3]
+        assert_all_contributed(crew.reduce(), crew)
+        crew.leave()
+
+
+def test_r13_who_dies_while_it_waits_is_forgotten() -> None:
+    with Cluster(founders=2) as cluster:
+        crew = Crew(cluster)
+        crew.found(2)
+        crew.waiting(1)[0].kill()
+        cluster.await_status(lambda status: status.waiting == 0)
+        crew.start("admit", until=False)
+        assert [answer["changed"] for answer in crew.done()] == [False, False]
+        assert_all_contributed(crew.reduce(), crew)
         crew.leave()
 
 
