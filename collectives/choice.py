@@ -114,7 +114,7 @@ def build(
             f"{kind}: algorithm {algorithm!r} takes no {', '.join(sorted(lacking))}; "
             f"those that do: {', '.join(able) or 'none of this kind'}"
         )
-    return entry.make(world, count, **{name: given[name] for name in sorted(asked & entry.takes)})
+    return entry.make(world, count, **{name: given[name] for name in sorted(entry.takes)})
 
 
 @functools.lru_cache(maxsize=1024)
