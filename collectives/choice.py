@@ -30,21 +30,21 @@ def _entry(make: Callable[..., Schedule], *takes: str) -> _Entry:
 
 _TABLE: dict[str, dict[str, _Entry]] = {
     "all_reduce": {
-        "ring": _entry(ring.all_reduce, "finish"),
-        "bidirectional": _entry(bidirectional.all_reduce, "finish"),
+        "ring": _entry(ring.all_reduce, "finish", "order"),
+        "bidirectional": _entry(bidirectional.all_reduce, "finish", "order"),
         "doubling": _entry(doubling.all_reduce, "finish"),
     },
     "reduce_scatter": {
-        "ring": _entry(ring.reduce_scatter, "finish"),
-        "bidirectional": _entry(bidirectional.reduce_scatter, "finish"),
+        "ring": _entry(ring.reduce_scatter, "finish", "counts", "order"),
+        "bidirectional": _entry(bidirectional.reduce_scatter, "finish", "counts", "order"),
     },
     "all_gather": {
-        "ring": _entry(ring.all_gather),
-        "bidirectional": _entry(bidirectional.all_gather),
+        "ring": _entry(ring.all_gather, "counts", "order"),
+        "bidirectional": _entry(bidirectional.all_gather, "counts", "order"),
     },
     "broadcast": {
-        "ring": _entry(ring.broadcast, "root"),
-        "bidirectional": _entry(bidirectional.broadcast, "root"),
+        "ring": _entry(ring.broadcast, "root", "order"),
+        "bidirectional": _entry(bidirectional.broadcast, "root", "order"),
     },
 }
 _HINTS = frozenset({"order", "hosts"})

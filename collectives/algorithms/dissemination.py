@@ -7,7 +7,8 @@ synchronization", IJPP 17, 1988).
 
 import numpy as np
 
-from collectives.algorithms.strand import Span, Strand, everything, remembered, schedule
+from collectives.algorithms.parts import Span, everything
+from collectives.algorithms.strand import Strand, remembered, schedule
 from collectives.region import Ints
 from collectives.schedule import Schedule
 

@@ -8,7 +8,8 @@ fold their buffers into a partner's, stand aside, and get the result at the end.
 
 import numpy as np
 
-from collectives.algorithms.strand import NOBODY, Finish, Span, Strand, everything, remembered, schedule
+from collectives.algorithms.parts import everything
+from collectives.algorithms.strand import NOBODY, Strand, finishing, remembered, schedule, whole
 from collectives.region import Ints
 from collectives.schedule import Schedule
 
@@ -41,14 +42,12 @@ def all_reduce(world: int, count: int, finish: bool = False) -> Schedule:
     def partner(turn: Ints, rank: Ints) -> Ints:
         return np.where(rank < core, rank ^ np.left_shift(1, turn), NOBODY)
 
-    def whole(turn: Ints, rank: Ints) -> Span:
-        return np.zeros_like(rank), np.full_like(rank, count)
-
+    span = whole(count)
     strands = (
-        Strand(steps=range(first), target=out, source=back, span=whole, combine=True),
-        Strand(steps=range(first, first + rounds), target=partner, source=partner, span=whole, combine=True),
-        Strand(steps=range(first + rounds, 2 * first + rounds), target=back, source=out, span=whole),
+        Strand(steps=range(first), target=out, source=back, span=span, combine=True),
+        Strand(steps=range(first, first + rounds), target=partner, source=partner, span=span, combine=True),
+        Strand(steps=range(first + rounds, 2 * first + rounds), target=back, source=out, span=span),
     )
-    end = Finish(2 * first + rounds, lambda rank: whole(rank, rank)) if finish else None
+    end = finishing(finish, 2 * first + rounds, lambda rank: span(rank, rank))
     held = wanted = everything(count)
-    return schedule("all_reduce", "doubling", world, count, strands, held=held, wanted=wanted, finish=end)
+    return schedule("all_reduce", "doubling", world, count, strands, held=held, wanted=wanted, finishes=end)
