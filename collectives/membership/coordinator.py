@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from collectives.membership.actions import Action, Close, Connection, Persist, Send, Stop
-from collectives.membership.frontiers import frontiers, given_up
+from collectives.membership.claims import Claims
+from collectives.membership.decisions import lanes_and_verdicts, part_of, verdict_on
 from collectives.membership.protocol import (
     Admit,
     Alive,
@@ -95,6 +96,7 @@ class Coordinator:
         self._safe: set[int] = set()
         self._verdicts: dict[tuple[str, int], Verdict] = {}
         self._complaints = Complaints(options)
+        self._claims = Claims()
         self._left: set[int] = set()
         self._transports: dict[int, str] = {}
         self._connections: dict[Connection, int] = {}
@@ -157,7 +159,7 @@ class Coordinator:
         match message:
             case Beat():
                 peer.lanes, peer.beaten = message.lanes, now
-                return [Send(connection, Alive())]
+                return [Send(connection, Alive()), *self._beaten(member, message)]
             case Report():
                 return self._reported(member, message)
             case Admit():
@@ -243,7 +245,7 @@ class Coordinator:
         peer.connection, peer.heard = connection, now
         self._connections[connection] = message.member
         if self.decision is not None and message.epoch < known:
-            actions.append(Send(connection, self.decision))
+            actions.append(Send(connection, part_of(self.decision, message.member)))
         actions.append(Send(connection, Waiting(len(self.waiting))))
         if self.change and message.member in self.change.members:
             return [*actions, Send(connection, Prepare(self.change.epoch, list(self.change.members)))]
@@ -326,14 +328,12 @@ class Coordinator:
         survivors = [m for m in change.members if m in before]
         joined = [m for m in change.members if m not in before]
         reports = {m: change.reports[m].lanes for m in survivors}
-        lanes = frontiers(reports)
+        lanes, verdicts = lanes_and_verdicts(reports, self._verdicts.values())
         infos = [self.peers[m].info for m in change.members]
         if founding:
             infos = [MemberInfo(i.member, i.nonce, i.host, i.port, True) for i in infos]
             for info in infos:
                 self.peers[info.member].info = info
-        self._verdicts.update({(v.lane, v.seq): v for v in given_up(reports, lanes)})
-        verdicts = [v for v in self._verdicts.values() if v.lane not in lanes or lanes[v.lane].complete < v.seq]
         decision = Decision(
             epoch=change.epoch,
             nonce=self._fresh_nonce(),
@@ -347,13 +347,15 @@ class Coordinator:
             transport=self._transport(),
         )
         self._settle(decision)
-        return [Persist(decision), *self._broadcast(change.members, decision), *self._consider()]
+        announce = [s for m in change.members for s in self._broadcast((m,), part_of(decision, m))]
+        return [Persist(decision), *announce, *self._consider()]
 
     def _settle(self, decision: Decision) -> None:
         self.decision, self.change = decision, None
         self._safe.clear()
         self._verdicts.clear()
         self._complaints.clear()
+        self._claims.settle(decision.verdicts)
         self._left.clear()
         self._announced_waiting = 0
 
@@ -411,6 +413,11 @@ class Coordinator:
 
     # --- what members tell ---
 
+    def _beaten(self, member: int, message: Beat) -> list[Action]:
+        """Look whether a sub-group is disputed; what becomes of it follows from the reports of a change."""
+        disputed = member in self.members and self._claims.disputed(message.lanes)
+        return self._begin() if disputed and self.change is None else []
+
     def _at_safe_point(self, member: int, message: Admit) -> list[Action]:
         if self.decision is None or message.epoch != self.decision.epoch or member not in self.members:
             return []
@@ -420,16 +427,7 @@ class Coordinator:
     def _differs(self, member: int, message: Differs) -> list[Action]:
         if self.decision is None or message.epoch != self.decision.epoch or member not in self.members:
             return []
-        if message.lost:
-            text = f"operation {message.seq} of lane {message.lane!r} was issued by some members before a loss"
-            verdict = Verdict(message.lane, message.seq, "lost", text)
-        else:
-            text = (
-                f"operation {message.seq} of lane {message.lane!r}: member {member} called {message.mine}, "
-                f"member {message.other} called {message.theirs}; make every member call the same"
-            )
-            verdict = Verdict(message.lane, message.seq, "mismatch", text[:2000])
-        self._verdicts.setdefault((message.lane, message.seq), verdict)
+        self._verdicts.setdefault((message.lane, message.seq), verdict_on(member, message))
         return [] if self.change else self._begin()
 
     def _complain(self, member: int, message: LinkDown | Stalled, now: float) -> list[Action]:

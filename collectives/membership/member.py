@@ -7,7 +7,7 @@ protocol: R1 lanes, R2 completion, R3 epoch change, R5 views.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import lru_cache
 
 from collectives.errors import CrossedWaits, DescriptorMismatch, Evicted, MemberLost, QuorumLost, RingholdError
 from collectives.membership.protocol import (
@@ -23,6 +23,7 @@ from collectives.membership.protocol import (
     Prepare,
     Report,
     Stalled,
+    VerdictKind,
 )
 
 MAIN = "main"
@@ -34,6 +35,7 @@ class Lane:
     """One lane of a member: where its operations stand.
 
     `view` is the epoch whose ranks the caller sees (rule R5): the attempt that completed the lane's last operation.
+    `group` are the members of its sub-group (empty: all).
     """
 
     entered: int = 0
@@ -47,11 +49,14 @@ class Lane:
     kind: str = ""
     phase: str = "idle"
     waiting_for: int = 0
+    group: tuple[int, ...] = ()
 
     def report(self) -> LaneReport:
         """Rule R3's report of this lane."""
         left = self.entered - self.busy
-        return LaneReport(self.complete, self.complete_epoch, self.staged, self.staged_epoch, self.entered, left)
+        return LaneReport(
+            self.complete, self.complete_epoch, self.staged, self.staged_epoch, self.entered, left, self.group
+        )
 
     def finish(self, seq: int, epoch: int) -> None:
         """Operation `seq` is complete by the attempt of `epoch`."""
@@ -96,6 +101,8 @@ class Member:
     """The epoch at which this member stands at a safe point, 0 if it does not."""
     lanes: dict[str, Lane] = field(default_factory=dict)
     verdicts: dict[tuple[str, int], RingholdError] = field(default_factory=dict)
+    refused: dict[str, RingholdError] = field(default_factory=dict)
+    """Lanes that take no operation any more: members disagree about the sub-group."""
     past: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Members of the epochs that a view or an outcome may still name."""
     outstanding: dict[str, FromPeer] = field(default_factory=dict)
@@ -123,28 +130,35 @@ class Member:
         interrupted = any(lane.interrupted == self.epoch for lane in self.lanes.values())
         return self.epoch > 0 and (self.fenced or interrupted or bool(self.outstanding))
 
-    def lane(self, name: str) -> Lane:
-        """Return the lane of that name; it starts to exist with its first use."""
+    def lane(self, name: str, group: tuple[int, ...] = ()) -> Lane:
+        """Return the lane of that name; it starts to exist with its first use, for this group (empty: all members)."""
         if name not in self.lanes:
-            self.lanes[name] = Lane(view=self.epoch)
+            self.lanes[name] = Lane(view=self.epoch, group=group)
         return self.lanes[name]
 
-    def lost_since(self, epoch: int) -> tuple[int, ...]:
-        """Members of `epoch` that the current epoch lacks."""
-        now = set(self.members)
-        return tuple(m for m in self.past.get(epoch, ()) if m not in now)
+    def members_of(self, name: str, epoch: int) -> tuple[int, ...]:
+        """Members of an epoch that a lane's operations run among, by rank."""
+        group = self.lanes[name].group
+        return _among(group, self.past[epoch]) if group else self.past[epoch]
 
     def statuses(self) -> list[LaneStatus]:
         """Lanes for a heartbeat; the driver fills in the seconds."""
         return [
-            LaneStatus(name, lane.entered, lane.kind, lane.phase, lane.waiting_for, 0.0)
+            LaneStatus(name, lane.entered, lane.kind, lane.phase, lane.waiting_for, 0.0, lane.group)
             for name, lane in sorted(self.lanes.items())
         ]
 
     # --- operations ---
 
     def enter(self, name: str, kind: str) -> int:
-        """Begin the lane's next operation and return its sequence number (rule R1: one at a time)."""
+        """Begin the lane's next operation and return its sequence number (rule R1: one at a time).
+
+        Raises:
+            DescriptorMismatch: members disagree about who is in its sub-group.
+
+        """
+        if name in self.refused:
+            raise self.refused[name]
         lane = self.lane(name)
         assert not lane.busy, "the lane's lock admits one operation at a time"
         lane.entered += 1
@@ -160,6 +174,8 @@ class Member:
             return self.error
         if self.fenced:
             return Wait()
+        if name in self.refused:
+            return self.refused[name]
         if (name, seq) in self.verdicts:
             return self.verdicts[name, seq]
         if lane.interrupted == self.epoch:
@@ -260,7 +276,10 @@ class Member:
         self.decision = decision
         self.past[decision.epoch] = tuple(info.member for info in decision.members)
         for verdict in decision.verdicts:
-            lane = self.lane(verdict.lane)
+            if verdict.error == "disputed":
+                self.refused.setdefault(verdict.lane, self._error(verdict.error, verdict.message))
+                continue
+            lane = self.lanes.get(verdict.lane, Lane())
             if lane.entered < verdict.seq or (lane.entered == verdict.seq and lane.busy):
                 # The first one stands: other members may have raised it already.
                 key = (verdict.lane, verdict.seq)
@@ -292,7 +311,7 @@ class Member:
     def _carry_over(self, decision: Decision) -> None:
         """Complete what all survivors staged, discard the rest."""
         for name, frontier in decision.lanes.items():
-            lane = self.lane(name)
+            lane = self.lane(name, frontier.group)
             attempt = (frontier.complete, frontier.complete_epoch)
             if lane.complete < frontier.complete and (lane.staged, lane.staged_epoch) == attempt:
                 lane.finish(*attempt)
@@ -307,9 +326,15 @@ class Member:
             self.admitting = decision.epoch
             self.outstanding["admit"] = Admit(decision.epoch)
 
-    def _error(self, kind: Literal["mismatch", "crossed", "lost"], message: str) -> RingholdError:
-        if kind == "mismatch":
+    def _error(self, kind: VerdictKind, message: str) -> RingholdError:
+        if kind in ("mismatch", "disputed"):
             return DescriptorMismatch(message)
         if kind == "crossed":
             return CrossedWaits(message)
         return MemberLost(message, survivors=self.members)
+
+
+@lru_cache(maxsize=1024)
+def _among(group: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
+    here = set(members)
+    return tuple(member for member in group if member in here)

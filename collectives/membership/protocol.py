@@ -24,6 +24,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=2000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Group = tuple[Count, ...]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -88,7 +89,8 @@ class Resume(Message, frozen=True):
 class LaneStatus(Message, frozen=True):
     """What one lane of a member is doing, for stall decisions and for `ringhold doctor --attach`.
 
-    `seq` is the last operation that was entered; `phase` is "idle" when none is under way.
+    `seq` is the last operation that was entered; `phase` is "idle" when none is under way. `group` are the members of
+    the lane's sub-group; empty: all members.
     """
 
     lane: Name
@@ -97,6 +99,7 @@ class LaneStatus(Message, frozen=True):
     phase: Text
     waiting_for: Count
     seconds: float
+    group: Group = ()
 
 
 class Beat(Message, frozen=True):
@@ -110,7 +113,7 @@ class LaneReport(Message, frozen=True):
 
     `complete` is the highest complete sequence number and `complete_epoch` the attempt that completed it; `staged`
     with `staged_epoch` the operation that is staged and not yet complete (0, 0: none); `entered` the last one entered;
-    `left` the last one that was left, by result or by error.
+    `left` the last one that was left, by result or by error; `group` the members of its sub-group (empty: all).
     """
 
     complete: Count
@@ -119,6 +122,7 @@ class LaneReport(Message, frozen=True):
     staged_epoch: Count
     entered: Count
     left: Count
+    group: Group = ()
 
 
 class Report(Message, frozen=True):
@@ -214,25 +218,29 @@ class LaneFrontier(Message, frozen=True):
     """Where a lane stands at the start of an epoch.
 
     Operations up to `complete` are complete everywhere (the last one by the attempt of `complete_epoch`);
-    `entered` is where joiners start to count.
+    `entered` is where joiners start to count; `group` are the members of its sub-group (empty: all).
     """
 
     complete: Count
     complete_epoch: Count
     entered: Count
+    group: Group = ()
+
+
+VerdictKind = Literal["mismatch", "crossed", "lost", "disputed"]
 
 
 class Verdict(Message, frozen=True):
-    """Operation (lane, seq) ends with this error on every member."""
+    """Operation (lane, seq) ends with this error on every member; if "disputed", all that follow it do too."""
 
     lane: Name
     seq: Count
-    error: Literal["mismatch", "crossed", "lost"]
+    error: VerdictKind
     message: Text
 
 
 class Decision(Message, frozen=True):
-    """An epoch: journaled, then announced to each of its members.
+    """An epoch: journaled, then announced to each of its members, with the lanes that concern it.
 
     `admitted` is set when every survivor stood at a safe point, so that joiners could be let in. `ended` marks a run
     whose last member left with notice: the next peers found it anew.

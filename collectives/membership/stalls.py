@@ -154,7 +154,9 @@ def _first_stuck(rows: Rows, lane: str, seq: int) -> Op:
 
 def _absent_from(rows: Rows, op: Op) -> list[int]:
     name, number = op
-    return sorted(m for m, lanes in rows.items() if name not in lanes or lanes[name].seq < number)
+    group = next((lanes[name].group for lanes in rows.values() if name in lanes), ())
+    concerned = {m: lanes for m, lanes in rows.items() if not group or m in group}
+    return sorted(m for m, lanes in concerned.items() if name not in lanes or lanes[name].seq < number)
 
 
 def _stuck_elsewhere(rows: Rows, member: int, lane: str, patience: float) -> Op | None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from collectives.membership import coordinator, frontiers, stalls
+from collectives.membership import decisions, frontiers, stalls
 from collectives.membership.coordinator import Action, Coordinator, Persist, Send
 from collectives.membership.member import Lane, Member
 from collectives.membership.protocol import (
@@ -285,14 +285,14 @@ def _member(**changes: Any) -> list[Patch]:
 
 
 def _frontier(function: Callable[..., Any]) -> list[Patch]:
-    return [(coordinator, "frontiers", function)]
+    return [(decisions, "frontiers", function)]
 
 
 MUTANTS: dict[str, list[Patch]] = {
     "complete() ignores the fence": _member(complete=_complete_ignoring_the_fence),
     "stage() ignores the fence": _member(stage=_stage_ignoring_the_fence),
     "staged operations are not reported": [(Lane, "report", _report_without_staged)],
-    "what a survivor has left has no verdict": [(coordinator, "given_up", _no_verdict_kept)],
+    "what a survivor has left has no verdict": [(decisions, "given_up", _no_verdict_kept)],
     "frontier: what anybody staged": _frontier(_frontiers_of_any),
     "frontier: complete ones only": _frontier(_frontiers_of_complete_only),
     "frontier: the slowest member": _frontier(_frontiers_of_the_slowest),
