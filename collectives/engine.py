@@ -25,6 +25,8 @@ SEGMENT_BYTES = 2**20
 between arrival and reduction (4 MiB: +20%)."""
 NOTE_BYTES = 2**19
 """Of transfers that go as notes. 256 KiB costs 10% more on two ranks, 1 MiB nothing on four, 2% on two."""
+PACK_BYTES = 2**14
+"""Of transfers that share a note with others. Larger ones gain less by one note fewer than they lose by the copies."""
 WINDOW = 4
 """Receives posted ahead. Two are 5% slower over gloo, eight no faster. Transports without rendezvous do not care."""
 PROBES = ("begin", "transfer", "reduce", "end")
@@ -73,15 +75,15 @@ class Engine:
         probe: Probe | None = None,
         lift: bool = True,
     ) -> None:
-        """Run this rank's part; afterwards the ranges `schedule.wanted(rank)` of `staging` hold the result.
+        """Run this rank's part; afterwards `Program.pieces` are the ranges `schedule.wanted(rank)` of the result.
 
         Args:
             schedule: for `transport.size` ranks.
             transport: of the epoch; all its members run the same schedule on the same channel.
             channel: the lane's.
             source: flat, contiguous: the elements of the ranges `schedule.held(rank)`, in order. Never written.
-            staging: flat, contiguous, `schedule.count` elements; what it held is lost. Of the same dtype as `source`
-                on all ranks, or of a wider one on all ranks, in which all is moved and reduced.
+            staging: flat, contiguous, `Program.footprint` elements or more; what it held is lost. Of the same dtype as
+                `source` on all ranks, or of a wider one on all ranks, in which all is moved and reduced.
             op: how to combine.
             kernels: by name, what the schedule's computations do to a piece of staging, in place.
             probe: called with a name of PROBES at that point; what it raises passes through.
@@ -95,14 +97,13 @@ class Engine:
             UsageError: the schedule reads data that are nowhere.
 
         """
-        program = self._program(schedule, transport, source, staging, lift)
+        program = self.program(schedule, transport, source.dtype, staging.dtype, lift)
         machine = Machine(
             transport,
             channel,
             source.detach(),
             staging,
-            self._pool.take(program.slots * program.slot_size, staging.dtype) if program.slots else _NOTHING,
-            program.slot_size,
+            self._pool.take(program.scratch, staging.dtype) if program.scratch else _NOTHING,
             function(op),
             kernels,
             probe,
@@ -114,11 +115,16 @@ class Engine:
         if probe is not None:
             probe("end")
 
-    def _program(
-        self, schedule: Schedule, transport: Transport, source: Tensor, staging: Tensor, lift: bool
+    def program(
+        self, schedule: Schedule, transport: Transport, source: torch.dtype, staging: torch.dtype, lift: bool = True
     ) -> Program:
-        size = staging.element_size()
-        convert = source.dtype != staging.dtype
+        """Compile this rank's part, once: how much staging it needs and where its result will be; see `run`.
+
+        Raises:
+            UsageError: the schedule reads data that are nowhere.
+
+        """
+        size, convert = staging.itemsize, source != staging
         key = (transport.rank, size, transport.inline_limit, convert, lift)
         programs = self._programs.get(schedule)
         program = programs.get(key) if programs is not None else None
@@ -130,6 +136,7 @@ class Engine:
                 window=self._window,
                 convert=convert,
                 lift=lift,
+                pack=min(PACK_BYTES, transport.inline_limit, self._note_bytes) // size,
             )
             program = compile_program(schedule, transport.rank, cutting)
             with self._lock:

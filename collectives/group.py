@@ -58,17 +58,20 @@ class Alone(Runner):
     def execute(self, operation: Operation) -> Outcome:
         """Run the schedule for a world of one: no step moves anything."""
         plan = operation.plan(self._view)
-        staging = self._pool.take(plan.schedule.count, plan.dtype)
+        program = self._engine.program(plan.schedule, self._transport, plan.source.dtype, plan.dtype, plan.lift)
+        staging = self._pool.take(program.footprint, plan.dtype)
         self._engine.run(plan.schedule, self._transport, 0, plan.source, staging, plan.op, plan.kernels, lift=plan.lift)
-        return Outcome(operation.deliver(staging, self._view), self._view.members, 1, 1, False)
+        result = operation.deliver(program.pieces(plan.source, staging), self._view)
+        return Outcome(result, self._view.members, 1, 1, False)
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """The last attempt of an operation: where its result is staged, and for whom."""
+    """The last attempt of an operation: for whom, its staging, and where in it (or in the input) the result is."""
 
     view: View
     staging: Tensor
+    pieces: tuple[Tensor, ...]
 
 
 class Group(Runner):
@@ -148,7 +151,7 @@ class Group(Runner):
             try:
                 last = None  # free the staging of the attempt before
                 plan = operation.plan(view)
-                last = _Attempt(view, self._pool.take(plan.schedule.count, plan.dtype))
+                last = self._prepare(plan, view, transport)
                 self._attempt(operation, seq, plan, last, transport, probe)
             except TransportLost as error:
                 peer = 0 if error.peer is None else view.members[error.peer]
@@ -160,13 +163,19 @@ class Group(Runner):
             raise UsageError(f"the input of {operation.kind} {seq} was changed while the operation was under way")
         if probe:
             probe("confirmed")
-        result = operation.deliver(last.staging, last.view)
+        result = operation.deliver(last.pieces, last.view)
         if probe:
             probe("copied")
         if last.view.epoch != self._recovered:
             self._recovered = last.view.epoch
             self._on_recovered(last.view.epoch)
         return Outcome(result, last.view.members, last.view.epoch, attempts, isinstance(verdict, Completed))
+
+    def _prepare(self, plan: Plan, view: View, transport: Transport) -> _Attempt:
+        """Take the staging that an attempt needs."""
+        program = self._engine.program(plan.schedule, transport, plan.source.dtype, plan.dtype, plan.lift)
+        staging = self._pool.take(program.footprint, plan.dtype)
+        return _Attempt(view, staging, program.pieces(plan.source, staging))
 
     def _fingerprint(self, operation: Operation) -> str:
         """Hash the input in the debug mode of rule R7: the caller leaves it alone until the outcome."""

@@ -1,7 +1,7 @@
 """The instructions of a compiled program and the machine that they run on; see `program` and `engine`.
 
-Ranges are elements of the work buffer. `offset` is where the range begins in the caller's tensor, or NONE if the data
-are in staging. `slot` names a piece of scratch memory, or NONE if the data land in staging.
+An instruction names memory by a `Where`: elements of one of three tensors. The compiler has seen to it that a range of
+the work buffer is one range there.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,13 +12,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from collectives.transports.base import Pending, Transport
+from collectives.errors import ProtocolError
+from collectives.transports.base import DONE, Pending, Transport
 
-NONE = -1
+CALLER, STAGING, SCRATCH = range(3)
+"""The memories: the caller's tensor, which is only read; what the result is built in; and where that lands which is to
+be reduced into something else."""
 
 Kernel = Callable[[Tensor], object]
 Reduction = Callable[[Tensor, Tensor, Tensor], object]
 Probe = Callable[[str], None]
+
+
+class Where(NamedTuple):
+    """Elements `[start, stop)` of one of the memories."""
+
+    memory: int
+    start: int
+    stop: int
+
+
+NOWHERE = Where(STAGING, 0, 0)
 
 
 class Machine:
@@ -31,52 +45,40 @@ class Machine:
         source: Tensor,
         staging: Tensor,
         scratch: Tensor,
-        slot_size: int,
         reduction: Reduction,
         kernels: Mapping[str, Kernel],
         probe: Probe | None,
     ) -> None:
         self.transport = transport
         self.channel = channel
-        self.source = source
-        self.staging = staging
         self.reduction = reduction
         self.kernels = kernels
         self.probe = probe
         self.receiving: dict[int, Pending] = {}
         self.sending: dict[int, Pending] = {}
-        self._scratch = scratch
-        self._slot_size = slot_size
+        self._memories = (source, staging, scratch)
         self._item = staging.element_size()
-        self._source_bytes = _bytes(source) if source.dtype == staging.dtype else memoryview(b"")
-        self._staging_bytes = _bytes(staging)
-        self._scratch_bytes = _bytes(scratch) if scratch.numel() else memoryview(b"")
+        nothing = memoryview(b"")
+        self._bytes = (
+            _bytes(source) if source.dtype == staging.dtype else nothing,
+            _bytes(staging),
+            _bytes(scratch) if scratch.numel() else nothing,
+        )
 
-    def data(self, start: int, stop: int, offset: int) -> Tensor:
-        """Where the range can be read."""
-        if offset == NONE:
-            return self.staging[start:stop]
-        return self.source[offset : offset + stop - start]
+    def tensor(self, where: Where) -> Tensor:
+        """The elements there."""
+        memory, start, stop = where
+        return self._memories[memory][start:stop]
 
-    def landing(self, start: int, stop: int, slot: int) -> Tensor:
-        """Where the range is received."""
-        if slot == NONE:
-            return self.staging[start:stop]
-        first = slot * self._slot_size
-        return self._scratch[first : first + stop - start]
+    def bytes(self, where: Where) -> memoryview:
+        """The bytes there; not of a caller's tensor that has another dtype than staging."""
+        memory, start, stop = where
+        return self._bytes[memory][start * self._item : stop * self._item]
 
-    def data_bytes(self, start: int, stop: int, offset: int) -> memoryview:
-        """`data` as bytes."""
-        if offset == NONE:
-            return self._staging_bytes[start * self._item : stop * self._item]
-        return self._source_bytes[offset * self._item : (offset + stop - start) * self._item]
-
-    def landing_bytes(self, start: int, stop: int, slot: int) -> memoryview:
-        """`landing` as bytes."""
-        if slot == NONE:
-            return self._staging_bytes[start * self._item : stop * self._item]
-        first = slot * self._slot_size
-        return self._scratch_bytes[first * self._item : (first + stop - start) * self._item]
+    def passed(self, point: str) -> None:
+        """Call the probe, if there is one."""
+        if self.probe is not None:
+            self.probe(point)
 
 
 class Instruction(Protocol):
@@ -89,13 +91,12 @@ class Instruction(Protocol):
 class Lift(NamedTuple):
     """Copy a range of the caller's tensor into staging, converting the dtype if need be."""
 
-    start: int
-    stop: int
-    offset: int
+    source: Where
+    into: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        machine.staging[self.start : self.stop].copy_(machine.data(self.start, self.stop, self.offset))
+        machine.tensor(self.into).copy_(machine.tensor(self.source))
 
 
 class PostReceive(NamedTuple):
@@ -103,13 +104,11 @@ class PostReceive(NamedTuple):
 
     number: int
     peer: int
-    start: int
-    stop: int
-    slot: int
+    into: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        into = machine.landing(self.start, self.stop, self.slot)
+        into = machine.tensor(self.into)
         machine.receiving[self.number] = machine.transport.recv(self.peer, into, machine.channel)
 
 
@@ -121,24 +120,37 @@ class AwaitReceive(NamedTuple):
     def run(self, machine: Machine) -> None:
         """See Instruction."""
         machine.receiving.pop(self.number).wait()
-        if machine.probe is not None:
-            machine.probe("transfer")
+        machine.passed("transfer")
 
 
 class TakeNote(NamedTuple):
     """Receive a range that came as a note. An empty range: just wait for the note."""
 
     peer: int
-    start: int
-    stop: int
-    slot: int
+    into: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        into = machine.landing_bytes(self.start, self.stop, self.slot)
-        machine.transport.recv_note_into(self.peer, into, machine.channel)
-        if machine.probe is not None:
-            machine.probe("transfer")
+        machine.transport.recv_note_into(self.peer, machine.bytes(self.into), machine.channel)
+        machine.passed("transfer")
+
+
+class TakePack(NamedTuple):
+    """Receive several ranges that came as one note."""
+
+    peer: int
+    into: tuple[Where, ...]
+
+    def run(self, machine: Machine) -> None:
+        """See Instruction."""
+        note = memoryview(machine.transport.recv_note(self.peer, machine.channel))
+        parts = [machine.bytes(where) for where in self.into]
+        due = sum(map(len, parts))
+        if len(note) != due:
+            raise ProtocolError(f"rank {self.peer} sent {len(note)} bytes packed where {due} were due")
+        for part in parts:
+            part[:], note = note[: len(part)], note[len(part) :]
+        machine.passed("transfer")
 
 
 class PostSend(NamedTuple):
@@ -146,13 +158,11 @@ class PostSend(NamedTuple):
 
     number: int
     peer: int
-    start: int
-    stop: int
-    offset: int
+    data: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        data = machine.data(self.start, self.stop, self.offset)
+        data = machine.tensor(self.data)
         machine.sending[self.number] = machine.transport.send(self.peer, data, machine.channel)
 
 
@@ -171,14 +181,26 @@ class PostNote(NamedTuple):
 
     number: int
     peer: int
-    start: int
-    stop: int
-    offset: int
+    data: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        data = machine.data_bytes(self.start, self.stop, self.offset)
+        data = machine.bytes(self.data)
         machine.sending[self.number] = machine.transport.post_note(self.peer, data, machine.channel)
+
+
+class PostPack(NamedTuple):
+    """Send several ranges, as the send of this number, in one note."""
+
+    number: int
+    peer: int
+    data: tuple[Where, ...]
+
+    def run(self, machine: Machine) -> None:
+        """See Instruction."""
+        note = b"".join(machine.bytes(where) for where in self.data)
+        machine.transport.send_note(self.peer, note, machine.channel)
+        machine.sending[self.number] = DONE
 
 
 class Notify(NamedTuple):
@@ -194,40 +216,31 @@ class Notify(NamedTuple):
 class Fold(NamedTuple):
     """Reduce what was received with what is here, into staging.
 
-    With a slot: scratch with staging. With an offset: staging, where the data landed, with the caller's tensor.
-    The value of the lower rank is always the first operand, so that both ends of an exchange compute the same bits even
-    where the operation does not commute to the bit (payloads of NaNs, the sign of zero in a minimum).
+    One of the operands lies in scratch memory and the other in staging; or one in staging, where the data landed, and
+    the other in the caller's tensor. The value of the lower rank is always the first operand, so that both ends of an
+    exchange compute the same bits even where the operation does not commute to the bit (payloads of NaNs, the sign of
+    zero in a minimum).
     """
 
-    start: int
-    stop: int
-    slot: int
-    offset: int
-    theirs_first: bool
+    first: Where
+    second: Where
+    into: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        target = machine.staging[self.start : self.stop]
-        theirs = machine.landing(self.start, self.stop, self.slot)
-        mine = machine.data(self.start, self.stop, self.offset)
-        if self.theirs_first:
-            machine.reduction(theirs, mine, target)
-        else:
-            machine.reduction(mine, theirs, target)
-        if machine.probe is not None:
-            machine.probe("reduce")
+        machine.reduction(machine.tensor(self.first), machine.tensor(self.second), machine.tensor(self.into))
+        machine.passed("reduce")
 
 
 class RunKernel(NamedTuple):
     """Run a kernel on a range of staging, in place."""
 
     kernel: str
-    start: int
-    stop: int
+    on: Where
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        machine.kernels[self.kernel](machine.staging[self.start : self.stop])
+        machine.kernels[self.kernel](machine.tensor(self.on))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -5,7 +5,7 @@ caller's memory before `deliver`, so it can be planned and run again for another
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -123,8 +123,11 @@ class Operation(ABC):
         """Plan an attempt in the epoch of `view`; follows from the epoch and the arguments alone (rule R8)."""
 
     @abstractmethod
-    def deliver(self, staging: Tensor, view: View) -> Tensor | None:
-        """Give the staged result of a complete attempt to the caller; returns `Outcome.result`."""
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor | None:
+        """Give the result of a complete attempt to the caller; returns `Outcome.result`.
+
+        `pieces` are the ranges that the schedule wants, in order, flat; those next to each other in staging as one.
+        """
 
     def _source(self) -> Tensor:
         """The input, flat. Of one element or none every stride counts as contiguous; the engine reads with stride 1."""
@@ -183,13 +186,13 @@ class AllReduce(Reduction):
         module = doubling if name == "doubling" else _RINGS[name]
         return self._plan(module.all_reduce(view.size, count, finish), view)
 
-    def deliver(self, staging: Tensor, view: View) -> Tensor:
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """In place and `out` are a copy; else the staging itself is handed over."""
         if self.out is not None or self.inplace:
             target = self.out if self.out is not None else self.tensor
-            copy_out(staging, target)
+            copy_out(joined(pieces, self.work_dtype), target)
             return target
-        return staging.to(self.tensor.dtype).view(self.tensor.shape)
+        return joined(pieces, self.work_dtype).to(self.tensor.dtype).view(self.tensor.shape)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -215,10 +218,9 @@ class ReduceScatter(Reduction):
         module = _RINGS["ring" if self.algorithm == "auto" else self.algorithm]
         return self._plan(module.reduce_scatter(view.size, self.tensor.numel(), self.op == "avg"), view)
 
-    def deliver(self, staging: Tensor, view: View) -> Tensor:
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Return a tensor of shape (shape[0] / size, ...)."""
-        each = self.tensor.numel() // view.size
-        mine = staging[view.rank * each : (view.rank + 1) * each]
+        mine = joined(pieces, self.work_dtype)
         shape = (self.tensor.shape[0] // view.size, *self.tensor.shape[1:])
         return mine.to(self.tensor.dtype, copy=True).view(shape)
 
@@ -246,12 +248,12 @@ class AllGather(Operation):
         schedule = module.all_gather(view.size, view.size * self.tensor.numel())
         return Plan(schedule, self._source(), self.tensor.dtype, ReduceOp.SUM, {})
 
-    def deliver(self, staging: Tensor, view: View) -> Tensor:
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Hand over the staging as (contributors, *shape), or copy it to `out`."""
-        rows = staging.view(view.size, *self.tensor.shape)
+        rows = joined(pieces, self.tensor.dtype)
         if self.out is None:
-            return rows
-        copy_out(staging, self.out)
+            return rows.view(view.size, *self.tensor.shape)
+        copy_out(rows, self.out)
         return self.out
 
 
@@ -275,10 +277,10 @@ class Broadcast(Operation):
         schedule = module.broadcast(view.size, source.numel(), root)
         return Plan(schedule, source if view.rank == root else source[:0], source.dtype, ReduceOp.SUM, {}, lift=False)
 
-    def deliver(self, staging: Tensor, view: View) -> Tensor:
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Copy to the caller's tensor, but for the root, which has it."""
         if view.members[view.rank] != self.root:
-            copy_out(staging, self.tensor)
+            copy_out(joined(pieces, self.tensor.dtype), self.tensor)
         return self.tensor
 
 
@@ -292,7 +294,7 @@ class Barrier(Operation):
         """A broadcast of nothing: the confirmation behind it is the barrier."""
         return Plan(ring.broadcast(view.size, 0, 0), self.tensor, self.tensor.dtype, ReduceOp.SUM, {})
 
-    def deliver(self, staging: Tensor, view: View) -> None:
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> None:
         """Return nothing."""
 
 
@@ -331,11 +333,20 @@ class Exchange(Operation):
             source = torch.cat(parts) if parts else source[:0]
         return Plan(self.schedule, source, self.tensor.dtype, ReduceOp(self.op), self.kernels)
 
-    def deliver(self, staging: Tensor, view: View) -> Tensor:
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Copy the wanted ranges into the buffer."""
+        result, taken = joined(pieces, self.tensor.dtype), 0
         for start, stop in self.schedule.wanted(view.rank):
-            copy_out(staging[start:stop], self.tensor.detach()[start:stop])
+            copy_out(result[taken : taken + stop - start], self.tensor.detach()[start:stop])
+            taken += stop - start
         return self.tensor
+
+
+def joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The pieces as one flat tensor: the only one itself, several copied behind each other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=dtype)
 
 
 def check_tensor(kind: str, tensor: Tensor) -> None:

@@ -6,12 +6,26 @@ when the receive of that number, in the order in which they are waited for, has 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, zip_longest
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from collectives.errors import UsageError
-from collectives.instructions import NONE, Fold, Instruction, Lift, Notify, PostNote, PostSend, RunKernel
+from collectives.footprint import merged
+from collectives.instructions import (
+    CALLER,
+    SCRATCH,
+    STAGING,
+    Fold,
+    Instruction,
+    Lift,
+    Notify,
+    PostNote,
+    PostPack,
+    PostSend,
+    RunKernel,
+    Where,
+)
 from collectives.intervals import IntervalMap
 from collectives.region import Range
 from collectives.schedule import Compute, LocalStep, Recv, Schedule, Send
@@ -22,6 +36,8 @@ NEVER_USED = -2
 
 _GRAIN = 1024
 """Segments are cut at multiples of so many elements, so that vector instructions find them aligned."""
+
+Row = TypeVar("Row", Send, Recv)
 
 
 class Cutting(NamedTuple):
@@ -39,28 +55,36 @@ class Cutting(NamedTuple):
     """Staging has another dtype than the caller's tensor."""
     lift: bool
     """Copy wanted ranges that never leave the caller's tensor into staging as well."""
+    pack: int = 0
+    """Transfers of up to this many elements in one step between two ranks share a note; no more than `inline`."""
 
 
 @dataclass(slots=True)
 class Receive:
-    """A segment to be received, with what it must wait for."""
+    """A segment to be received, or several rows in one note, with what it must wait for.
+
+    Ranges of staging are those of the work buffer, those of scratch memory count from the start of a slot.
+    """
 
     peer: int
-    start: int
-    stop: int
     step: int
     inline: bool
+    into: list[Where] = field(default_factory=list)
+    """Where the rows land; empty for a notification."""
     landing_waits: frozenset[int] = frozenset()
     """Sends that must be over before the data may land in staging."""
     landing_after: int = NEVER_USED
     """When the data may land in staging, at the earliest."""
-    fold: Fold | None = None
-    """How it is reduced; its slot is not chosen yet."""
-    scratch: bool = False
-    """It lands in scratch memory."""
-    fold_due: int = START
-    fold_waits: frozenset[int] = frozenset()
-    """Sends that must be over before it may be reduced into staging."""
+    scratch: int = 0
+    """Elements that land in scratch memory."""
+
+
+class Folding(NamedTuple):
+    """A reduction of the receive of that number, after these sends are over."""
+
+    receive: int
+    fold: Fold
+    waits: frozenset[int]
 
 
 class Task(NamedTuple):
@@ -83,14 +107,23 @@ class _Cell(NamedTuple):
 
 
 _Cells = list[tuple[int, int, _Cell]]
-_Segment = tuple[Recv, int, int, bool]
+
+
+@dataclass(slots=True)
+class _Message(Generic[Row]):
+    """What goes between two ranks at once: a segment of a row, or several whole rows; `numbers` are theirs."""
+
+    peer: int
+    inline: bool
+    rows: list[Row]
+    numbers: list[int]
 
 
 class Plan:
     """The result of the first pass.
 
-    `due[t]` are the tasks of time t, in order; `send_step` and `send_due` tell of each send its step and when it is
-    posted.
+    `due[t]` are the tasks of time t, in order, and `folds[t]` the reductions before them; `send_step` and `send_due`
+    tell of each send its step and when it is posted; `result` is where the wanted ranges are at the end, in order.
     """
 
     def __init__(self, schedule: Schedule, rank: int, cutting: Cutting) -> None:
@@ -98,8 +131,10 @@ class Plan:
         self.cutting = cutting
         self.receives: list[Receive] = []
         self.due: dict[int, list[Task]] = {}
+        self.folds: dict[int, list[Folding]] = {}
         self.send_step: list[int] = []
         self.send_due: list[int] = []
+        self._count = schedule.count
         self._cells: IntervalMap[_Cell | None] = IntervalMap(max(1, schedule.count), None)
         self._last_due: dict[int, int] = {}
         self._through: dict[int, int] = {}  # by step: when all receives up to it have been dealt with
@@ -109,71 +144,98 @@ class Plan:
             offset += stop - start
         for step in schedule.local(rank).steps:
             self._plan_step(step)
-        self._finish(schedule.wanted(rank))
+        self.result = self._finish(schedule.wanted(rank))
+
+    def kept(self) -> Iterator[Range]:
+        """The ranges of the work buffer that are ever in staging, in order."""
+        cells = self._cells.pieces(0, self._count)
+        staged = (Where(STAGING, start, stop) for start, stop, cell in cells if cell is not None and not cell.held)
+        for _, start, stop in merged(staged):
+            yield start, stop
 
     def _plan_step(self, step: LocalStep) -> None:
         arrived = len(self.receives) - 1
-        for send in step.sends:
-            for start, stop, inline in self._cut(send):
-                if start == stop:
-                    waits = frozenset(range(len(self.send_step)))
-                    self._when(self._in_turn(send.peer, arrived), Notify(send.peer), waits)
-                else:
-                    self._plan_send(send.peer, start, stop, inline, step.step)
-        segments = self._interleaved(step.recvs)
-        last = arrived + len(segments)
-        defer = last if _crosses(step) else START
-        for recv, start, stop, inline in segments:
-            receive = Receive(recv.peer, start, stop, step.step, inline)
-            if start < stop:
-                if recv.combine:
-                    self._plan_fold(receive, defer)
-                else:
-                    self._plan_copy(receive)
-                ready = max(receive.fold_due, len(self.receives))
-                self._cells.assign(start, stop, _Cell(False, 0, ready, ()))
-            self.receives.append(receive)
-        self._through[step.step] = last
+        for sending in self._messages(step.sends):
+            if sending.rows[0].start < sending.rows[0].stop:
+                self._plan_send(sending, step.step)
+            else:
+                waits = frozenset(range(len(self.send_step)))
+                self._when(self._in_turn(sending.peer, arrived), Notify(sending.peer), waits)
+        self._plan_receives(step)
+        self._through[step.step] = len(self.receives) - 1
         for compute in step.computes:
             self._plan_compute(compute, step.step)
 
-    def _plan_send(self, peer: int, start: int, stop: int, inline: bool, step: int) -> None:
-        cells = self._known(start, stop)
-        if _in_one_piece(cells) and not self.cutting.convert:
-            offset, ready = start - cells[0][2].shift, START
-        else:
+    def _plan_send(self, message: _Message[Send], step: int) -> None:
+        data: list[Where] = []
+        ready, lifted, number = START, _Cells(), len(self.send_step)
+        for row in message.rows:
+            cells = self._known(row.start, row.stop)
+            if _in_one_piece(cells) and not self.cutting.convert:
+                data.append(_in_caller(cells))
+                continue
             cells = self._lifted(cells)
-            offset, ready = NONE, max(cell.ready for _, _, cell in cells)
-        due = self._in_turn(peer, ready)
-        number = len(self.send_step)
+            data.append(Where(STAGING, row.start, row.stop))
+            ready = max(ready, *(cell.ready for _, _, cell in cells))
+            lifted += cells
+        due = self._in_turn(message.peer, ready)
         self.send_step.append(step)
         self.send_due.append(due)
-        if offset == NONE:
-            for low, high, cell in cells:
-                self._cells.assign(low, high, cell._replace(readers=(*cell.readers, number)))
-        post = PostNote if inline else PostSend
-        self._when(due, post(number, peer, start, stop, offset))
+        for low, high, cell in lifted:
+            self._cells.assign(low, high, cell._replace(readers=(*cell.readers, number)))
+        if len(data) > 1:
+            self._when(due, PostPack(number, message.peer, tuple(data)))
+        else:
+            post = PostNote if message.inline else PostSend
+            self._when(due, post(number, message.peer, data[0]))
 
-    def _plan_copy(self, receive: Receive) -> None:
-        """Plan to receive straight into staging, once nothing there is needed any more."""
-        start, stop = receive.start, receive.stop
-        old = [cell for _, _, cell in self._cells.pieces(start, stop) if cell is not None and not cell.held]
-        receive.landing_waits = self._over(frozenset(send for cell in old for send in cell.readers), receive.step)
-        receive.landing_after = max((cell.ready for cell in old), default=NEVER_USED)
+    def _plan_receives(self, step: LocalStep) -> None:
+        """Plan the receives of a step in the order of messages, and what becomes of them in the order of rows."""
+        first = len(self.receives)
+        messages, apart = self._arranged(step.recvs)
+        last = first + len(messages) - 1
+        # A note that brings several rows may bring one too early where the order of rows counts.
+        early = START if apart or all(len(message.rows) == 1 for message in messages) else last
+        defer = last if _crosses(step) else early
+        rows = []
+        for index, message in enumerate(messages, first):
+            self.receives.append(Receive(message.peer, step.step, message.inline))
+            rows += [(number, index, row) for number, row in zip(message.numbers, message.rows, strict=True)]
+        for _, index, row in sorted(rows, key=lambda entry: entry[0]):
+            if row.start == row.stop:
+                continue
+            ready = self._plan_fold(row, index, early, defer) if row.combine else self._plan_copy(row, index)
+            self._cells.assign(row.start, row.stop, _Cell(False, 0, ready, ()))
 
-    def _plan_fold(self, receive: Receive, defer: int) -> None:
-        """Plan to reduce: what meets the caller's data first lands in staging itself, all else in scratch memory."""
-        start, stop, now = receive.start, receive.stop, len(self.receives)
-        cells = self._known(start, stop)
-        theirs_first = receive.peer < self.rank
+    def _plan_copy(self, row: Recv, index: int) -> int:
+        """Plan to receive straight into staging, once nothing there is needed any more; return when it is there."""
+        receive = self.receives[index]
+        cells = self._cells.pieces(row.start, row.stop)
+        old = [cell for _, _, cell in cells if cell is not None and not cell.held]
+        receive.into.append(Where(STAGING, row.start, row.stop))
+        receive.landing_waits |= self._over(frozenset(send for cell in old for send in cell.readers), receive.step)
+        receive.landing_after = max([receive.landing_after, *(cell.ready for cell in old)])
+        return index
+
+    def _plan_fold(self, row: Recv, index: int, early: int, defer: int) -> int:
+        """Plan to reduce: what meets the caller's data first lands in staging itself, all else in scratch memory.
+
+        Returns when it will be done: not before `early`, or `defer` where it waits for sends.
+        """
+        receive, target = self.receives[index], Where(STAGING, row.start, row.stop)
+        cells = self._known(row.start, row.stop)
+        waits: frozenset[int] = frozenset()
         if _in_one_piece(cells):
-            receive.fold = Fold(start, stop, NONE, start - cells[0][2].shift, theirs_first)
-            receive.fold_due = now
-            return
-        receive.scratch = True
-        receive.fold = Fold(start, stop, NONE, NONE, theirs_first)
-        receive.fold_due = max(now, defer)
-        receive.fold_waits = _readers(self._lifted(cells))
+            theirs, mine, due = target, _in_caller(cells), max(index, early)
+        else:
+            waits = _readers(self._lifted(cells))
+            size = row.stop - row.start
+            theirs, mine, due = Where(SCRATCH, receive.scratch, receive.scratch + size), target, max(index, defer)
+            receive.scratch += size
+        receive.into.append(theirs)
+        operands = (theirs, mine) if row.peer < self.rank else (mine, theirs)
+        self.folds.setdefault(due, []).append(Folding(index, Fold(*operands, target), waits))
+        return due
 
     def _plan_compute(self, compute: Compute, step: int) -> None:
         whole = compute.start, compute.stop, False
@@ -183,20 +245,24 @@ class Plan:
             due = max(cell.ready for _, _, cell in cells)
             for send in readers:  # not before it is posted, nor while its receiver may still wait for us
                 due = max(due, self.send_due[send], self._through[self.send_step[send]])
-            self._when(due, RunKernel(compute.kernel, start, stop), readers)
+            self._when(due, RunKernel(compute.kernel, Where(STAGING, start, stop)), readers)
             self._cells.assign(start, stop, _Cell(False, 0, due, ()))
 
-    def _finish(self, wanted: tuple[Range, ...]) -> None:
+    def _finish(self, wanted: tuple[Range, ...]) -> list[Where]:
         """Lift what is wanted and still in the caller's tensor, a piece at a time between the receives."""
-        if not self.cutting.lift:
-            return
         due = START
+        result = []
         for start, stop in wanted:
             for low, high, cell in self._known(start, stop):
+                if cell.held and not self.cutting.lift:
+                    result.append(Where(CALLER, low - cell.shift, high - cell.shift))
+                    continue
+                result.append(Where(STAGING, low, high))
                 if cell.held:
                     for first, last in _pieces(low, high, self.cutting.segment):
-                        self._when(min(due, len(self.receives) - 1), Lift(first, last, first - cell.shift))
+                        self._lift(min(due, len(self.receives) - 1), first, last, cell)
                         due += 1
+        return result
 
     def _over(self, sends: frozenset[int], step: int) -> frozenset[int]:
         """These sends, after a check that none belongs to the step that is going to change what they read."""
@@ -216,13 +282,16 @@ class Plan:
 
     def _lifted(self, cells: _Cells) -> _Cells:
         """The same cells after what is in the caller's tensor has been copied to staging."""
-        lifted = []
-        for start, stop, cell in cells:
-            if cell.held:
-                self._when(START, Lift(start, stop, start - cell.shift))
-                cell = _Cell(False, 0, START, ())  # noqa: PLW2901 - what it is from now on
-                self._cells.assign(start, stop, cell)
-            lifted.append((start, stop, cell))
+        return [
+            (start, stop, self._lift(START, start, stop, cell) if cell.held else cell) for start, stop, cell in cells
+        ]
+
+    def _lift(self, due: int, start: int, stop: int, cell: _Cell) -> _Cell:
+        """Copy a range of the caller's tensor to staging; returns what it is from then on."""
+        source = Where(CALLER, start - cell.shift, stop - cell.shift)
+        self._when(due, Lift(source, Where(STAGING, start, stop)))
+        lifted = _Cell(False, 0, due, ())
+        self._cells.assign(start, stop, lifted)
         return lifted
 
     def _in_turn(self, peer: int, ready: int) -> int:
@@ -233,6 +302,25 @@ class Plan:
     def _when(self, due: int, instruction: Instruction, waits: frozenset[int] = frozenset()) -> None:
         self.due.setdefault(due, []).append(Task(instruction, waits))
 
+    def _messages(self, rows: tuple[Row, ...]) -> list[_Message[Row]]:
+        """What the rows of a step are cut into, or put together to; both ends of a transfer find the same."""
+        made: list[_Message[Row]] = []
+        taking: dict[int, tuple[_Message[Row], int]] = {}  # by peer, a note that takes more rows, and its size
+        for number, row in enumerate(rows):
+            size = row.stop - row.start
+            small = 0 < size <= self.cutting.pack
+            note, filled = taking.pop(row.peer, (None, 0))
+            if small and note is not None and filled + size <= self.cutting.note:
+                note.rows.append(row)
+                note.numbers.append(number)
+                taking[row.peer] = note, filled + size
+                continue
+            for start, stop, inline in self._cut(row):
+                made.append(_Message(row.peer, inline, [row._replace(start=start, stop=stop)], [number]))
+            if small:
+                taking[row.peer] = made[-1], size
+        return made
+
     def _cut(self, row: Send | Recv | Compute) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, stop, inline) of the segments of a transfer."""
         if row.start == row.stop:
@@ -242,19 +330,20 @@ class Plan:
         for start, stop in _pieces(row.start, row.stop, self.cutting.note if inline else self.cutting.segment):
             yield start, stop, inline
 
-    def _interleaved(self, recvs: tuple[Recv, ...]) -> list[_Segment]:
-        """The segments of a step's receives in the order in which they are dealt with.
+    def _arranged(self, recvs: tuple[Recv, ...]) -> tuple[list[_Message[Recv]], bool]:
+        """The messages of a step in the order in which they are dealt with, and whether no two ranges overlap.
 
         From one peer they come row by row. Several peers take turns, so that what they bring is sent on evenly; but
         where ranges overlap it is row by row throughout, because reductions happen in the order of rows.
         """
-        by_peer: dict[int, list[_Segment]] = {}
-        for recv in recvs:
-            by_peer.setdefault(recv.peer, []).extend((recv, *segment) for segment in self._cut(recv))
+        messages = self._messages(recvs)
         spans = sorted((recv.start, recv.stop) for recv in recvs if recv.start < recv.stop)
-        if all(first[1] <= second[0] for first, second in pairwise(spans)):
-            return [segment for turn in zip_longest(*by_peer.values()) for segment in turn if segment is not None]
-        return [(recv, *segment) for recv in recvs for segment in self._cut(recv)]
+        if any(first[1] > second[0] for first, second in pairwise(spans)):
+            return messages, False
+        by_peer: dict[int, list[_Message[Recv]]] = {}
+        for message in messages:
+            by_peer.setdefault(message.peer, []).append(message)
+        return [message for turn in zip_longest(*by_peer.values()) for message in turn if message is not None], True
 
 
 def _crosses(step: LocalStep) -> bool:
@@ -274,6 +363,12 @@ def _crosses(step: LocalStep) -> bool:
 def _in_one_piece(cells: _Cells) -> bool:
     """Whether all data are in the caller's tensor, one behind the other."""
     return all(cell.held and cell.shift == cells[0][2].shift for _, _, cell in cells)
+
+
+def _in_caller(cells: _Cells) -> Where:
+    """Where data that are in one piece lie in the caller's tensor."""
+    shift = cells[0][2].shift
+    return Where(CALLER, cells[0][0] - shift, cells[-1][1] - shift)
 
 
 def _readers(cells: _Cells) -> frozenset[int]:

@@ -10,20 +10,42 @@ waits for a send of step k only after it has dealt with all its receives of step
 `plan._crosses`), so by induction over k every receive of step k is reached.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
-from collectives.instructions import NONE, AwaitReceive, AwaitSend, Instruction, PostReceive, TakeNote
+from torch import Tensor
+
+from collectives.footprint import Footprint, merged
+from collectives.instructions import (
+    NOWHERE,
+    SCRATCH,
+    STAGING,
+    AwaitReceive,
+    AwaitSend,
+    Instruction,
+    PostReceive,
+    TakeNote,
+    TakePack,
+    Where,
+)
 from collectives.plan import NEVER_USED, START, Cutting, Plan
 from collectives.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a rank does, in order. Needs `slots` pieces of scratch memory of `slot_size` elements."""
+    """What a rank does, in order. Needs `footprint` elements of staging and `scratch` elements of scratch memory."""
 
     instructions: tuple[Instruction, ...]
-    slots: int
-    slot_size: int
+    footprint: int
+    scratch: int
+    result: tuple[Where, ...]
+    """Where the wanted ranges are at the end, in order, as few pieces as there are."""
+
+    def pieces(self, source: Tensor, staging: Tensor) -> tuple[Tensor, ...]:
+        """The result as views: of staging, and of the caller's tensor where nothing was lifted."""
+        return tuple((staging if memory == STAGING else source)[start:stop] for memory, start, stop in self.result)
 
 
 def compile_program(schedule: Schedule, rank: int, cutting: Cutting) -> Program:
@@ -42,14 +64,13 @@ class _Order:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._footprint = Footprint(plan.kept())
         self._made: list[Instruction] = []
         self._waited: set[int] = set()
         self._posted = 0
         self._did = NEVER_USED  # the time whose tasks were done last
-        self._folds: dict[int, list[int]] = {}
-        for index, receive in enumerate(plan.receives):
-            if receive.fold is not None:
-                self._folds.setdefault(receive.fold_due, []).append(index)
+        self._unfolded = Counter(folding.receive for due in plan.folds.values() for folding in due)
+        self._slot_size = max((receive.scratch for receive in plan.receives), default=0)
         self._slot_of: dict[int, int] = {}
         self._free_slots: list[int] = []
         self._slots = 0
@@ -67,8 +88,8 @@ class _Order:
             self._do_due(index)
             self._post_ahead(index)
         self._await_sends(frozenset(range(len(plan.send_step))))
-        sizes = [receive.stop - receive.start for receive in plan.receives if receive.scratch]
-        return Program(tuple(self._made), self._slots, max(sizes, default=0))
+        result = tuple(merged(map(self._footprint.place, plan.result)))
+        return Program(tuple(self._made), self._footprint.size, self._slots * self._slot_size, result)
 
     def _post_ahead(self, done: int) -> None:
         """Post the next receives within the window, up to the first that may not land yet."""
@@ -94,30 +115,30 @@ class _Order:
             self._slot_of[index] = self._take_slot()
         if not receive.inline:
             self._await_sends(receive.landing_waits)
-            slot = self._slot_of.get(index, NONE)
-            self._made.append(PostReceive(index, receive.peer, receive.start, receive.stop, slot))
+            self._add(PostReceive(index, receive.peer, receive.into[0]), index)
 
     def _arrive(self, index: int) -> None:
         receive = self._plan.receives[index]
-        if receive.inline:
-            self._await_sends(receive.landing_waits)
-            slot = self._slot_of.get(index, NONE)
-            self._made.append(TakeNote(receive.peer, receive.start, receive.stop, slot))
+        if not receive.inline:
+            self._add(AwaitReceive(index))
+            return
+        self._await_sends(receive.landing_waits)
+        if len(receive.into) > 1:
+            self._add(TakePack(receive.peer, tuple(receive.into)), index)
         else:
-            self._made.append(AwaitReceive(index))
+            self._add(TakeNote(receive.peer, receive.into[0] if receive.into else NOWHERE), index)
 
     def _do_due(self, time: int) -> None:
         """Reduce what is to be reduced now, then do the tasks of this time."""
-        for index in self._folds.get(time, ()):
-            receive = self._plan.receives[index]
-            assert receive.fold is not None
-            self._await_sends(receive.fold_waits)
-            self._made.append(receive.fold._replace(slot=self._slot_of.get(index, NONE)))
-            if receive.scratch:
+        for index, fold, waits in self._plan.folds.get(time, ()):
+            self._await_sends(waits)
+            self._add(fold, index)
+            self._unfolded[index] -= 1
+            if not self._unfolded[index] and index in self._slot_of:
                 self._free_slots.append(self._slot_of[index])
         for task in self._plan.due.get(time, ()):
             self._await_sends(task.waits)
-            self._made.append(task.instruction)
+            self._add(task.instruction)
         self._did = time
 
     def _take_slot(self) -> int:
@@ -129,4 +150,19 @@ class _Order:
     def _await_sends(self, sends: frozenset[int]) -> None:
         for send in sorted(sends - self._waited):
             self._waited.add(send)
-            self._made.append(AwaitSend(send))
+            self._add(AwaitSend(send))
+
+    def _add(self, instruction: Any, receive: int = START) -> None:
+        """Append an instruction, its ranges moved to where they are in memory; `receive` is the one it belongs to."""
+        slot = self._slot_of.get(receive, 0) * self._slot_size
+
+        def placed(field: Any) -> Any:
+            if not isinstance(field, tuple):
+                return field
+            if not isinstance(field, Where):
+                return tuple(map(placed, field))
+            if field.memory == SCRATCH:
+                return Where(SCRATCH, slot + field.start, slot + field.stop)
+            return self._footprint.place(field)
+
+        self._made.append(type(instruction)(*map(placed, instruction)))

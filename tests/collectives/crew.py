@@ -249,13 +249,16 @@ class _Hand:
         schedule = getattr(module, case["kind"])(world, count, **case.get("arguments", {}))
         dtype = getattr(torch, case["dtype"])
         reduces = case["kind"] in ("all_reduce", "reduce_scatter")
-        staging = self.pool.take(count, torch.float32 if reduces and dtype.itemsize == 2 else dtype)
+        work_dtype = torch.float32 if reduces and dtype.itemsize == 2 else dtype
+        engine = Engine(self.pool, case.get("segment", 2**20), case.get("window", 4), case.get("note", 2**19))
+        program = engine.program(schedule, self.transport, dtype, work_dtype, case.get("lift", True))
+        staging = self.pool.take(program.footprint, work_dtype)
         staging.fill_(77)
         whole = odd_values(rank, count) if case.get("odd") else values_of(rank, count, dtype)
         source = torch.cat([whole[start:stop] for start, stop in schedule.held(rank)] or [whole[:0]])
         before = source.clone()
         points: list[str] = []
-        Engine(self.pool, case.get("segment", 2**20), case.get("window", 4), case.get("note", 2**19)).run(
+        engine.run(
             schedule,
             self.transport,
             case.get("channel", 5),
@@ -267,8 +270,8 @@ class _Hand:
             case.get("lift", True),
         )
         assert torch.equal(source.view(torch.uint8), before.view(torch.uint8)), "the caller's tensor was written"
-        parts = [staging[start:stop] for start, stop in schedule.wanted(rank)]
-        return digest(torch.cat(parts or [staging[:0]]), bits=case.get("odd", False)), points
+        parts = program.pieces(source, staging)
+        return digest(torch.cat(parts or (staging[:0],)), bits=case.get("odd", False)), points
 
     def do_barrier(self) -> None:
         """Run the barrier's schedule, which moves nothing."""

@@ -128,10 +128,10 @@ def test_a_finishing_kernel_runs_once_on_every_element(crew: Crew, world: int, a
 
 
 def test_what_never_leaves_the_callers_tensor_need_not_be_copied(crew: Crew, world: int) -> None:
-    case = {"algorithm": "ring", "kind": "broadcast", "count": 1000, "arguments": {"root": 0}, "lift": False}
-    results = run(crew, world, **case)
-    assert results[0] == digest(torch.full((1000,), 77.0)), "left as it was"
-    assert results[1] == digest(values_of(0, 1000, torch.float64))
+    for kind, count in product(("all_gather", "broadcast"), (1000, 300_000)):
+        arguments = {"root": 0} if kind == "broadcast" else {}
+        case = {"algorithm": "ring", "kind": kind, "count": count, "arguments": arguments}
+        assert run(crew, world, **case, lift=False) == run(crew, world, **case), (kind, count)
 
 
 def test_lanes_run_side_by_side(crew: Crew, world: int) -> None:
