@@ -9,7 +9,19 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from collectives.algorithms import bidirectional, doubling, ring
+from collectives.algorithms import (
+    bidirectional,
+    binomial,
+    bruck,
+    direct,
+    double_tree,
+    doubling,
+    flat,
+    halving_doubling,
+    hierarchical,
+    pairwise,
+    ring,
+)
 from collectives.errors import UsageError
 from collectives.schedule import Schedule
 
@@ -33,18 +45,52 @@ _TABLE: dict[str, dict[str, _Entry]] = {
         "ring": _entry(ring.all_reduce, "finish", "order"),
         "bidirectional": _entry(bidirectional.all_reduce, "finish", "order"),
         "doubling": _entry(doubling.all_reduce, "finish"),
+        "halving_doubling": _entry(halving_doubling.all_reduce, "finish"),
+        "double_tree": _entry(double_tree.all_reduce, "finish"),
+        "direct": _entry(direct.all_reduce, "finish"),
+        "hierarchical": _entry(hierarchical.all_reduce, "finish", "hosts"),
     },
     "reduce_scatter": {
         "ring": _entry(ring.reduce_scatter, "finish", "counts", "order"),
         "bidirectional": _entry(bidirectional.reduce_scatter, "finish", "counts", "order"),
+        "halving_doubling": _entry(halving_doubling.reduce_scatter, "finish", "counts"),
+        "direct": _entry(direct.reduce_scatter, "finish", "counts"),
+        "hierarchical": _entry(hierarchical.reduce_scatter, "finish", "counts", "hosts"),
     },
     "all_gather": {
         "ring": _entry(ring.all_gather, "counts", "order"),
         "bidirectional": _entry(bidirectional.all_gather, "counts", "order"),
+        "halving_doubling": _entry(halving_doubling.all_gather, "counts"),
+        "direct": _entry(direct.all_gather, "counts"),
+        "hierarchical": _entry(hierarchical.all_gather, "counts", "hosts"),
     },
     "broadcast": {
         "ring": _entry(ring.broadcast, "root", "order"),
         "bidirectional": _entry(bidirectional.broadcast, "root", "order"),
+        "double_tree": _entry(double_tree.broadcast, "root"),
+        "direct": _entry(direct.broadcast, "root"),
+        "binomial": _entry(binomial.broadcast, "root"),
+        "flat": _entry(flat.broadcast, "root"),
+        "hierarchical": _entry(hierarchical.broadcast, "root", "hosts"),
+    },
+    "reduce": {
+        "double_tree": _entry(double_tree.reduce, "finish", "root"),
+        "direct": _entry(direct.reduce, "finish", "root"),
+        "binomial": _entry(binomial.reduce, "finish", "root"),
+        "flat": _entry(flat.reduce, "finish", "root"),
+    },
+    "gather": {
+        "flat": _entry(flat.gather, "root", "counts"),
+        "binomial": _entry(binomial.gather, "root", "counts"),
+    },
+    "scatter": {
+        "flat": _entry(flat.scatter, "root", "counts"),
+        "binomial": _entry(binomial.scatter, "root", "counts"),
+    },
+    "all_to_all": {
+        "pairwise": _entry(pairwise.all_to_all, "counts"),
+        "direct": _entry(direct.all_to_all, "counts"),
+        "bruck": _entry(bruck.all_to_all, "counts"),
     },
 }
 _HINTS = frozenset({"order", "hosts"})

@@ -53,6 +53,12 @@ def within(start: int, stop: int, parts: int) -> Parts:
     return inside
 
 
+def part_if(parts: Parts, index: Ints) -> Span:
+    """The parts with these numbers, empty where a number is negative: where there is none."""
+    start, stop = parts(np.maximum(index, 0))
+    return start, np.where(index < 0, start, stop)
+
+
 def arc(parts: Parts, world: int, first: Ints, length: Ints, turn: Ints) -> Span:
     """Of `length` parts in a row from `first` on, which come round at `world`: those before the end, or behind it.
 
@@ -85,6 +91,26 @@ def own(parts: Parts) -> Callable[[int], Ranges]:
         return ((int(start[0]), int(stop[0])),)
 
     return mine
+
+
+def row_of(blocks: Parts, world: int) -> Callable[[int], Ranges]:
+    """All blocks of which a rank is the source."""
+
+    def row(rank: int) -> Ranges:
+        start, stop = blocks(np.array([rank * world, rank * world + world - 1]))
+        return ((int(start[0]), int(stop[1])),)
+
+    return row
+
+
+def column_of(blocks: Parts, world: int) -> Callable[[int], Ranges]:
+    """All blocks of which a rank is the destination."""
+
+    def column(rank: int) -> Ranges:
+        start, stop = blocks(np.arange(world) * world + rank)
+        return tuple(zip(start.tolist(), stop.tolist(), strict=True))
+
+    return column
 
 
 def checked_root(kind: str, root: int, world: int) -> int:

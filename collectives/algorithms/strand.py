@@ -10,7 +10,7 @@ A strand made for a small world can be lifted into a larger one, where several t
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -180,6 +180,35 @@ def lifted(strand: Strand, world: int, members: Ints) -> Strand:
         return strand.span(turn, place[rank])
 
     return replace(strand, target=by(strand.target), source=by(strand.source), span=span)
+
+
+def outward(world: int, root: int, span: Callable[[Ints, Ints], Span]) -> tuple["Star", "Star"]:
+    """The star round a root: how it gives to every other rank in one step, and how it takes from them.
+
+    In turn `t` the rank `t + 1` after the root has its turn, round the circle; `span` may go by the turn alone.
+    """
+
+    def far(turn: Ints, rank: Ints) -> Ints:
+        return np.where(rank == root, (root + 1 + turn) % world, NOBODY)
+
+    def near(turn: Ints, rank: Ints) -> Ints:
+        return np.where((rank - root - 1) % world == turn, root, NOBODY)
+
+    def star(target: Callable[[Ints, Ints], Ints], source: Callable[[Ints, Ints], Ints]) -> Star:
+        def at(step: int, combine: bool = False) -> Strand:
+            steps = range(step, step + (world > 1))
+            return Strand(steps, target, source, span, combine=combine, turns=max(1, world - 1))
+
+        return at
+
+    return star(far, near), star(near, far)
+
+
+class Star(Protocol):
+    """One step between a root and all other ranks."""
+
+    def __call__(self, step: int, combine: bool = False) -> Strand:
+        """The strand for that step."""
 
 
 def finishing(finish: bool, step: int, parts: Parts) -> tuple[Finish, ...]:
