@@ -23,6 +23,10 @@ class OptionError(UsageError):
     """An option is unknown or its value is out of range."""
 
 
+class Unsupported(UsageError):
+    """This machine, library or launcher lacks what was asked for."""
+
+
 class UnsupportedTensor(UsageError):
     """A tensor has a device, layout or dtype that the operation cannot take."""
 

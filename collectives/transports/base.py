@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from collectives.errors import ProtocolError
+from collectives.errors import ProtocolError, Unsupported
 
 CHANNELS = 2**31 - 1024
 """Channels are numbers in [0, CHANNELS); those above are the transports' own."""
@@ -64,15 +64,37 @@ class Transport(ABC):
     size: int
     inline_limit: int = 0
     """The engine sends transfers of up to this many bytes as notes. The same on every member."""
+    segment_bytes: int = 0
+    """Into segments of this size the engine cuts bulk transfers; 0: of its own. The same on every member."""
+    lends: bool = False
+    """Receivers fetch the data themselves and when they like, so that `lend` and early sends are possible."""
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Get this process ready for such transports; called when it joins a run, before anything else.
+
+        Raises:
+            Unsupported: it cannot have one; the message says what is missing.
+
+        """
 
     @abstractmethod
     def send(self, peer: int, data: Tensor, channel: int) -> Pending:
         """Post a bulk send of `data` (contiguous, 1-d, not empty). It must not change until `wait` has returned.
 
+        That may be only after its receiver has waited for it: wait for receives first.
+
         Raises:
             TransportLost: as `Pending.wait`.
 
         """
+
+    def lend(self, peer: int, data: Tensor, channel: int) -> None:
+        """Send data that stay as they are until the operation is confirmed, so that nobody has to wait for the send.
+
+        For transports that have `lends`; errors as with `send`.
+        """
+        raise Unsupported(f"{type(self).__name__} does not lend; call send, and wait")
 
     @abstractmethod
     def recv(self, peer: int, into: Tensor, channel: int) -> Pending:

@@ -11,20 +11,21 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from collectives.errors import OperationTimeout, ProtocolError, TransportLost
 from collectives.transports.base import DONE, Pending
 from collectives.transports.frames import LANDED, LARGE, Link
+from collectives.transports.handover import Handed, hand_over
 from collectives.transports.handshake import Handshake
 from collectives.transports.mesh import LinkListener, MeshBuilder
 
 T = TypeVar("T")
 
 _Key = tuple[int, int, int]
-"""What a thread waits for: (peer, channel, 0) or (peer, _SENT, number of the note)."""
-_SENT = -1
+"""What a thread waits for: (peer, channel, 0), (peer, _SENT, number of the note) or (own rank, _LOSS, 0)."""
+_SENT, _LOSS = -1, -2
 
 _DRAIN_SECONDS = 0.5
 
@@ -89,8 +90,10 @@ class PeerLinks:
         self._flushing: set[int] = set()
         self._flushers: list[threading.Thread] = []
 
-    def connect(self, timeout: float) -> None:
+    def connect(self, timeout: float, descriptors: Sequence[int] = ()) -> dict[int, Handed]:
         """Link with every other rank. Call it once, before anything else but `abort` and `close`.
+
+        `descriptors` are handed to every peer; returns as many of theirs, by rank, where all members gave some.
 
         Raises:
             TransportLost: aborted (`peer` None), or `peer` did not link in `timeout` seconds.
@@ -98,12 +101,35 @@ class PeerLinks:
         """
         builder, self._builder = self._builder, None
         assert builder is not None, "connect is called once"
+        deadline = time.monotonic() + timeout
         sockets = builder.build(timeout)
+        handed: dict[int, Handed] = {}
+        if descriptors:
+            try:
+                handed = hand_over(sockets, descriptors, self._abort_read, deadline)
+            except BaseException:
+                for sock in sockets.values():
+                    sock.close()
+                raise
         with self._mutex:
             self._links = {peer: Link(sock, peer) for peer, sock in sockets.items()}
             self._by_fd = {link.fd: link for link in self._links.values()}
             for fd in (self._abort_read, self._nudge_read, *self._by_fd):
                 self._poll.register(fd, select.POLLIN)
+        return handed
+
+    def await_loss(self, known: Collection[int]) -> int:
+        """Wait until a link is lost other than those `known`, and return the rank of the peer.
+
+        Raises:
+            TransportLost: aborted.
+
+        """
+
+        def lost() -> int | None:
+            return next((peer for peer, link in self._links.items() if link.lost and peer not in known), None)
+
+        return self._wait((self.rank, _LOSS, 0), lost)
 
     def send(self, peer: int, note: bytes | memoryview, channel: int) -> None:
         """Send a note of up to `frames.MAX_NOTE` bytes. Never waits: what the kernel does not take goes out behind.

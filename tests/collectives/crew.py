@@ -23,7 +23,7 @@ from typing import Any
 
 KEY = b"k" * 32
 PATIENCE = 30.0
-KINDS = {"gloo": "GlooTransport", "sockets": "SocketTransport"}
+KINDS = {"gloo": "GlooTransport", "sockets": "SocketTransport", "shm": "ShmTransport"}
 
 
 @dataclass
@@ -204,8 +204,9 @@ class _Hand:
             if number % 2:
                 data, into = torch.full((size,), float(rank)), torch.empty(size)
                 receive = self.transport.recv((rank - 1) % world, into, 2)
-                self.transport.send((rank + 1) % world, data, 2).wait()
+                sent = self.transport.send((rank + 1) % world, data, 2)
                 receive.wait()
+                sent.wait()
                 assert into.eq((rank - 1) % world).all()
             confirm(self.transport, 4, b"here")  # nobody goes while another still connects
             if number % 3 == 0:

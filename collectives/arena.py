@@ -1,0 +1,81 @@
+"""Memory that the members of one host can map: registered buffers, which a peer's reduction reads in place.
+
+`Communicator.empty` takes tensors from it; the shared-memory transport tells peers where in it data are. One sparse file
+without a name a process; pages exist once they are touched, and go when the tensor goes.
+"""
+
+import mmap
+import os
+import threading
+import weakref
+from bisect import bisect_left, insort
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CAPACITY = 2**37
+"""Bytes of address space, of which only what is used costs memory."""
+_PAGE = mmap.PAGESIZE
+
+
+class Arena:
+    """One process' registered memory. For any thread. What was taken from it stays valid when the arena is gone."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("ringhold-arena", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.descriptor)
+        os.ftruncate(self.descriptor, CAPACITY)
+        self._memory = mmap.mmap(self.descriptor, CAPACITY)
+        self._base = int(np.frombuffer(self._memory, dtype=np.uint8, count=1).ctypes.data)
+        self._lock = threading.Lock()
+        self._free = [(0, CAPACITY)]
+        """(start, stop) of what nobody uses, in order, no two of them adjacent."""
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor of shape (count,), page-aligned.
+
+        Raises:
+            MemoryError: all of the arena is in use.
+
+        """
+        size = max(1, -(-count * dtype.itemsize // _PAGE)) * _PAGE
+        start = self._take(size)
+        data = np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=start)
+        weakref.finalize(data, self._give_back, start, start + size).atexit = False
+        return torch.from_numpy(data)[: count * dtype.itemsize].view(dtype)
+
+    def offset(self, data: Tensor) -> int | None:
+        """Where in the arena a contiguous tensor lies; None if it lies elsewhere."""
+        at = data.data_ptr() - self._base
+        return at if 0 <= at < CAPACITY else None
+
+    def _take(self, size: int) -> int:
+        with self._lock:
+            for index, (start, stop) in enumerate(self._free):
+                if stop - start >= size:
+                    self._free[index : index + 1] = [(start + size, stop)] if stop - start > size else []
+                    return start
+        raise MemoryError(f"no {size} bytes are left of the {CAPACITY} of registered memory")
+
+    def _give_back(self, start: int, stop: int) -> None:
+        self._memory.madvise(mmap.MADV_REMOVE, start, stop - start)
+        with self._lock:
+            index = bisect_left(self._free, (start, stop))
+            if index < len(self._free) and self._free[index][0] == stop:
+                stop = self._free.pop(index)[1]
+            if index > 0 and self._free[index - 1][1] == start:
+                start = self._free.pop(index - 1)[0]
+            insort(self._free, (start, stop))
+
+
+class MappedArena:
+    """Another member's arena, to read from. The `descriptor` may be closed after."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, CAPACITY, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._bytes = torch.from_dlpack(np.frombuffer(self._memory, dtype=np.uint8))  # which takes read-only memory
+
+    def view(self, start: int, like: Tensor) -> Tensor:
+        """The owner's data at `start`, as many of the same dtype as `like`, without a copy. Writing would fault."""
+        return self._bytes[start : start + like.nbytes].view(like.dtype)
