@@ -12,7 +12,7 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,7 +29,8 @@ from collectives.errors import (
     UsageError,
 )
 from collectives.group import Alone, Group, Runner
-from collectives.lanes import Lane
+from collectives.lanes import LONGEST_NAME, Lane, Lanes, check_name
+from collectives.membership.claims import digest_of
 from collectives.membership.member import MAIN
 from collectives.membership.protocol import Decision
 from collectives.membership.session import Event, Session
@@ -37,20 +38,24 @@ from collectives.membership.wire import load_token
 from collectives.operations import Operation, View
 from collectives.options import Options
 from collectives.outcome import Outcome, Work
+from collectives.point_to_point import PointToPoint
 from collectives.step import Step
+from collectives.subgroup import SubGroup, check_members
 from collectives.sync import SyncReport, sync
 
 
-class Communicator(Collectives):
+class Communicator(Collectives, PointToPoint):
     """A member's access to its group. Make one with `join` or `solo`; a context manager that leaves at the end.
 
-    The operations are those of `Collectives`.
+    The operations are those of `Collectives`, among all members, and `send` and `recv`; `group` gives the collectives
+    among some.
     """
 
     def __init__(self, runner: Runner, session: Session | None, epochs: Epochs | None) -> None:
         self._runner = runner
         self._session, self._epochs = session, epochs
-        self._lanes: dict[str, Lane] = {}
+        self._lanes = Lanes(self._execute, runner.view)
+        self._groups: dict[str, tuple[int, ...]] = {}
         self._step: Step | None = None
         self._synced = False
         self._astray = False
@@ -149,8 +154,7 @@ class Communicator(Collectives):
             self._session.close()
             self._session.fail(UsageError("this communicator was closed; join again"))
             self._epochs.close()
-        for lane in self._lanes.values():
-            lane.close()
+        self._lanes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -203,10 +207,37 @@ class Communicator(Collectives):
         """
         self._observers.append(observer)
 
+    # --- some of the members ---
+
+    def group(self, members: Sequence[int], name: str = "") -> SubGroup:
+        """Return the collectives among these members only: they fail and recover apart from all others.
+
+        Each of them calls it with the same members in the same order; nothing is sent. A member that is admitted later
+        is in no sub-group that was there before.
+
+        Args:
+            members: ids of members, this one's too; their order is that of the ranks.
+            name: the same on all; it stands for one list of members as long as this communicator lives. Members that
+                mean different ones by it get `DescriptorMismatch` from its operations, for good. Empty: the list.
+
+        Raises:
+            UsageError: a member is named twice or is no member, this one is not named, or `name` stands for others.
+
+        """
+        chosen = check_members(members, self.member_id, self._here())
+        if name:
+            check_name("sub-group", name)
+        name = name or _name_of(chosen)
+        if self._groups.setdefault(name, chosen) != chosen:
+            raise UsageError(f"sub-group {name!r} is {list(self._groups[name])}, not {list(chosen)}; take another name")
+        return SubGroup(name, chosen, self._lanes)
+
     # --- membership at safe points ---
 
     def admit(self) -> bool:
         """Let waiting peers in, at a point where every member calls this and all its lanes are idle (rule R13).
+
+        Lanes of sub-groups, and of messages, are among these.
 
         Where nobody waits it is one small all-reduce. True: the membership changed, on every member alike; the new
         ones' first call is `sync`, so the others call it now.
@@ -215,7 +246,7 @@ class Communicator(Collectives):
             LaneMisuse: an operation is under way on some lane.
 
         """
-        busy = sorted(name for name, lane in self._lanes.items() if not lane.idle)
+        busy = sorted(lane.name for lane in self._lanes if not lane.idle)
         if busy:
             raise LaneMisuse(f"admit() needs every lane idle; wait for the operations on {', '.join(busy)} first")
         session = self._session
@@ -231,7 +262,7 @@ class Communicator(Collectives):
         except KeyboardInterrupt:
             session.depart("KeyboardInterrupt inside admit")  # the others count on us at the safe point
             raise
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             lane.refresh()
         return self.members != before
 
@@ -256,39 +287,44 @@ class Communicator(Collectives):
         self._lane(lane).resume()
 
     def resume_all(self) -> None:
-        """`resume` every lane; the end of a step does."""
-        for lane in self._lanes.values():
+        """`resume` every lane, those of sub-groups too; the end of a step does."""
+        for lane in self._lanes:
             lane.resume()
 
     # --- inside ---
 
     def _start(self, operation: Operation, async_op: bool) -> Outcome | Work:
-        if self._closed:
-            raise UsageError("this communicator was closed; join again")
-        lane = self._lane(operation.lane)
-        if async_op:
-            return lane.submit(operation)
-        return lane.run(operation)
+        return self._lanes.start(self._lane(operation.lane), operation, async_op)
 
     def _view(self, lane: str) -> View:
         return self._lane(lane).view
 
     def _execute(self, operation: Operation) -> Outcome:
+        group = self._lanes.lane(operation.lane).group
         try:
             outcome = self._runner.execute(operation)
         except MemberLost as error:
             if self._step is not None:
-                self._step.saw(error)
+                self._step.saw(error, group)
             raise
         if self._step is not None:
-            self._step.saw(outcome)
+            self._step.saw(outcome, group)
         return outcome
 
     def _lane(self, name: str) -> Lane:
-        lane = self._lanes.get(name)
-        if lane is None:
-            lane = self._lanes.setdefault(name, Lane(name, self._execute, lambda: self._runner.view(name)))
-        return lane
+        check_name("lane", name)
+        return self._lanes.lane(name)
+
+    def _pair_lane(self, name: str, pair: tuple[int, int]) -> Lane:
+        gone = () if self._session is None else self._session.core.lost
+        if strangers := [member for member in pair if member not in self._here() and member not in gone]:
+            raise UsageError(f"{strangers} are no members; the members are {list(self.members)} (ids, not ranks)")
+        return self._lanes.lane(name, pair)
+
+    def _here(self) -> tuple[int, ...]:
+        """Ids of the members that the caller sees, and of those that it does not see yet."""
+        now = () if self._session is None else self._session.core.members
+        return tuple(dict.fromkeys(self.members + now))
 
     def _await_first_epoch(self, timeout: float) -> None:
         assert self._session is not None
@@ -349,6 +385,12 @@ def _close_open() -> None:
     """Close what is still open at the end of a process: a thread that is inside gloo then would end it by SIGABRT."""
     for comm in list(_open):
         comm.close()
+
+
+def _name_of(members: tuple[int, ...]) -> str:
+    """Name of a sub-group that was given none."""
+    text = ",".join(map(str, members))
+    return text if len(text) <= LONGEST_NAME else f"{len(members)} members {digest_of(members):016x}"
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -8,8 +8,8 @@ from collectives.errors import ProtocolError
 class Descriptor(msgspec.Struct, frozen=True, array_like=True):
     """What must be the same on every member for one attempt of one operation.
 
-    `view` is the epoch whose ranks the caller saw when it issued the operation; 0 where that does not matter, because
-    the operation can be run by fewer.
+    `view` tells which members the caller saw when it issued the operation (`membership.claims.digest_of`); 0 where that
+    does not matter, because the operation can be run by fewer.
     """
 
     epoch: int

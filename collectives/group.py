@@ -18,6 +18,7 @@ from collectives.descriptor import Descriptor
 from collectives.engine import Engine
 from collectives.epochs import Epochs
 from collectives.errors import CrossedWaits, DescriptorMismatch, MemberLost, RingholdError, TransportLost, UsageError
+from collectives.membership.claims import digest_of
 from collectives.membership.member import Completed, Run, Wait
 from collectives.membership.protocol import Differs
 from collectives.membership.session import Session
@@ -28,14 +29,15 @@ from collectives.staging import StagingPool
 from collectives.state import state_hash
 from collectives.transports.alone import NoTransport
 from collectives.transports.base import Transport, channel_of
+from collectives.transports.part import PartTransport
 
 
 class Runner(ABC):
     """Whoever runs operations for a communicator, one at a time on each lane."""
 
     @abstractmethod
-    def view(self, lane: str) -> View:
-        """Return the ranks that the caller of this lane sees (rule R5)."""
+    def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
+        """Return the ranks that the caller of this lane of a sub-group (empty: of all) sees (rule R5)."""
 
     @abstractmethod
     def execute(self, operation: Operation) -> Outcome:
@@ -51,7 +53,7 @@ class Alone(Runner):
         self._engine = Engine(self._pool)
         self._transport = NoTransport()
 
-    def view(self, lane: str) -> View:
+    def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Always the same."""
         return self._view
 
@@ -97,10 +99,10 @@ class Group(Runner):
         self._recovered = 0
         self._channels: dict[int, str] = {}
 
-    def view(self, lane: str) -> View:
+    def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Return the ranks of the attempt that completed the lane's last operation."""
         with self._session.changed:
-            return self._view_of(self._session.core.lane(lane).view)
+            return self._view_of(lane, self._session.core.lane(lane, group).view)
 
     def execute(self, operation: Operation) -> Outcome:
         """Run one operation to its end.
@@ -154,9 +156,7 @@ class Group(Runner):
                 last = self._prepare(plan, view, transport)
                 self._attempt(operation, seq, plan, last, transport, probe)
             except TransportLost as error:
-                peer = 0 if error.peer is None else view.members[error.peer]
-                with self._session.changed:
-                    self._session.post(self._session.core.interrupt(operation.lane, view.epoch, peer))
+                self._interrupted(operation.lane, view.epoch, error.peer)
             else:
                 break
         if self._fingerprint(operation) != before:
@@ -177,6 +177,14 @@ class Group(Runner):
         staging = self._pool.take(program.footprint, plan.dtype)
         return _Attempt(view, staging, program.pieces(plan.source, staging))
 
+    def _interrupted(self, lane: str, epoch: int, rank: int | None) -> None:
+        """An attempt failed on the link to the member of that rank in the whole epoch, None: aborted from here."""
+        core = self._session.core
+        with self._session.changed:
+            if core.epoch == epoch:
+                peer = 0 if rank is None else core.members[rank]
+                self._session.post(core.interrupt(lane, epoch, peer))
+
     def _fingerprint(self, operation: Operation) -> str:
         """Hash the input in the debug mode of rule R7: the caller leaves it alone until the outcome."""
         return state_hash({"input": operation.input}) if self._check_inputs else ""
@@ -191,7 +199,7 @@ class Group(Runner):
                 if isinstance(verdict, Run):
                     transport = self._epochs.transport(verdict.epoch)
                     if transport is not None:
-                        return self._view_of(verdict.epoch), transport
+                        return self._part(lane, verdict.epoch, transport)
                 elif not isinstance(verdict, Wait):
                     return verdict
                 core.lanes[lane].phase, core.lanes[lane].waiting_for = "recovering", 0
@@ -214,9 +222,12 @@ class Group(Runner):
         """
         core, changed, view = self._session.core, self._session.changed, attempt.view
         channel = channel_of(operation.lane)
-        if view.size > 1:
-            self._agree(operation, seq, plan.schedule, view, transport, channel)
-        core.lanes[operation.lane].phase = "moving"
+
+        def agree() -> None:
+            if view.size > 1:
+                self._agree(operation, seq, plan.schedule, view, transport, channel)
+            core.lanes[operation.lane].phase = "moving"
+
         self._engine.run(
             plan.schedule,
             transport,
@@ -227,6 +238,7 @@ class Group(Runner):
             plan.kernels,
             probe,
             plan.lift,
+            agree,
         )
         with changed:
             if not core.stage(operation.lane, seq, view.epoch):
@@ -286,11 +298,18 @@ class Group(Runner):
             view.members,
         )
 
-    def _view_of(self, epoch: int) -> View:
+    def _view_of(self, lane: str, epoch: int) -> View:
         core = self._session.core
-        members = core.past[epoch]
-        rank = members.index(core.member)
-        return View(epoch, members, rank)
+        members = core.members_of(lane, epoch)
+        return View(epoch, members, members.index(core.member))
+
+    def _part(self, lane: str, epoch: int, transport: Transport) -> tuple[View, Transport]:
+        """Return the view of an attempt, and the transport among those that it names."""
+        core, view = self._session.core, self._view_of(lane, epoch)
+        if core.lanes[lane].group:
+            ranks = {member: rank for rank, member in enumerate(core.past[epoch])}
+            transport = PartTransport(transport, [ranks[member] for member in view.members])
+        return view, transport
 
     def _claim_channel(self, lane: str) -> None:
         other = self._channels.setdefault(channel_of(lane), lane)
@@ -305,7 +324,7 @@ def _describe(operation: Operation, seq: int, view: View) -> Descriptor:
         epoch=view.epoch,
         lane=operation.lane,
         seq=seq,
-        view=0 if operation.elastic else operation.view.epoch,
+        view=0 if operation.elastic else digest_of(operation.view.members),
         kind=operation.kind,
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),

@@ -1,16 +1,93 @@
 """Lanes: named queues of operations (rule R1). Blocking ones run in the caller's thread, asynchronous ones in another.
 
-The communicator keeps one `Lane` per name. Operations of one lane run one after the other in the order of the calls;
-concurrency is several lanes.
+The communicator keeps its `Lanes`, those of its sub-groups and of its messages too. Operations of one lane run one
+after the other in the order of the calls; concurrency is several lanes. A thread serves a lane's asynchronous
+operations and ends when the lane has been idle for a while: there are as many as lanes with something under way. A pool
+of fewer could be full of receives that wait for sends which are queued behind them.
 """
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
-from collectives.errors import LaneMisuse, MemberLost
+from collectives.errors import LaneMisuse, MemberLost, UsageError
+from collectives.membership.protocol import MAX_FRAME
 from collectives.operations import Operation, View
 from collectives.outcome import Outcome, Work
+
+IDLE_SECONDS = 1.0
+"""A worker ends when there was nothing to do for so long."""
+LONGEST_NAME = 48
+_SEPARATORS = "@#>"
+_ROW_BYTES = 128
+"""Upper bound of what a heartbeat says of a lane, but for its name and the members of its sub-group."""
+
+
+@lru_cache(maxsize=1024)
+def check_name(what: str, name: str) -> None:
+    """Raise `UsageError` unless a lane or a sub-group may have this name, which members tell each other."""
+    if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or any(mark in name for mark in _SEPARATORS):
+        marks = " ".join(_SEPARATORS)
+        raise UsageError(f"{what} {name!r}: a name has 1 to {LONGEST_NAME} printable characters and none of {marks}")
+
+
+class Lanes:
+    """All lanes of a communicator, by their names in the run.
+
+    Args:
+        execute: runs an operation to its end.
+        view: newest view of the membership that the last operation of a lane has, given its name and sub-group.
+
+    """
+
+    def __init__(self, execute: Callable[[Operation], Outcome], view: Callable[[str, tuple[int, ...]], View]) -> None:
+        self._execute, self._view = execute, view
+        self._lanes: dict[str, Lane] = {}
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._closed = False
+
+    def __iter__(self) -> Iterator["Lane"]:
+        return iter(tuple(self._lanes.values()))
+
+    def lane(self, name: str, group: tuple[int, ...] = ()) -> "Lane":
+        """Return the lane of that name; it begins with its first use, among `group` (empty: all members).
+
+        Raises:
+            UsageError: there are more lanes than a heartbeat can tell of.
+
+        """
+        lane = self._lanes.get(name)
+        return self._begin(name, group) if lane is None else lane
+
+    def start(self, lane: "Lane", operation: Operation, async_op: bool) -> Outcome | Work:
+        """Run the operation on its lane and return its outcome, or queue it and return its work.
+
+        Raises:
+            UsageError: the communicator was closed.
+
+        """
+        if self._closed:
+            raise UsageError("this communicator was closed; join again")
+        operation.lane = lane.name
+        return lane.submit(operation) if async_op else lane.run(operation)
+
+    def close(self) -> None:
+        """Take no more operations, and end what serves them once what is queued has ended."""
+        self._closed = True
+        for lane in self:
+            lane.close()
+
+    def _begin(self, name: str, group: tuple[int, ...]) -> "Lane":
+        with self._lock:
+            if name not in self._lanes:
+                grown = self._bytes + _ROW_BYTES + len(name) + 9 * len(group)
+                if grown > MAX_FRAME // 2:
+                    raise UsageError(f"{len(self._lanes)} lanes are too many: use names and tags of lanes again")
+                self._lanes[name] = Lane(name, self._execute, lambda: self._view(name, group), group)
+                self._bytes = grown
+            return self._lanes[name]
 
 
 class Lane:
@@ -19,8 +96,15 @@ class Lane:
     `view` is what its caller sees of the membership (rule R5): it changes when a wait returns, by result or by error.
     """
 
-    def __init__(self, name: str, execute: Callable[[Operation], Outcome], view: Callable[[], View]) -> None:
+    def __init__(
+        self,
+        name: str,
+        execute: Callable[[Operation], Outcome],
+        view: Callable[[], View],
+        group: tuple[int, ...] = (),
+    ) -> None:
         self.name = name
+        self.group = group
         self.view = view()
         self._execute = execute
         self._newest_view = view
@@ -71,11 +155,13 @@ class Lane:
         self.view = self._newest_view()
 
     def close(self) -> None:
-        """End the worker once what is queued has ended."""
-        if self._worker is not None:
-            self._queue.put(None)
-            self._worker.join(5.0)
-            self._worker = None
+        """End the worker once what is queued has ended; the next asynchronous operation would start another."""
+        with self._lock:
+            worker = self._worker
+            if worker is not None:
+                self._queue.put(None)
+        if worker is not None:
+            worker.join(5.0)
 
     def _begin(self) -> bool:
         """Claim the lane for this thread. True: nothing is before us."""
@@ -103,15 +189,30 @@ class Lane:
             raise
 
     def _enqueue(self, operation: Operation) -> Work:
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name=f"ringhold-lane-{self.name}", daemon=True)
-            self._worker.start()
         work = _LaneWork(self)
-        self._queue.put((operation, work))
+        with self._lock:
+            self._queue.put((operation, work))
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name=f"ringhold-lane-{self.name}", daemon=True)
+                self._worker.start()
         return work
 
+    def _next(self) -> "tuple[Operation, _LaneWork] | None":
+        """Return what is next in the queue; None: the lane was closed or idle for a while, and the worker must end."""
+        try:
+            item = self._queue.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            item = None
+        if item is None:
+            with self._lock:
+                while item is None and not self._queue.empty():
+                    item = self._queue.get()
+                if item is None:
+                    self._worker = None
+        return item
+
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (item := self._next()) is not None:
             operation, work = item
             outcome: Outcome | None = None
             error: BaseException | None = None

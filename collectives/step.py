@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from collectives.errors import MemberLost
+from collectives.membership.member import among
 from collectives.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ class Step:
         self.committed = False
         """After the context: the same on every member."""
 
-    def saw(self, end: Outcome | MemberLost) -> None:
-        """Take note of how an operation inside the step ended; the communicator calls it."""
-        if isinstance(end, MemberLost) or end.contributors != self._members:
+    def saw(self, end: Outcome | MemberLost, group: tuple[int, ...]) -> None:
+        """Take note of how an operation inside the step ended, of that sub-group (empty: all); for the communicator."""
+        if isinstance(end, MemberLost) or end.contributors != among(group, self._members):
             self._lost = True
 
     def __enter__(self) -> Self:

@@ -14,11 +14,16 @@ from collectives.membership.frontiers import Reports
 from collectives.membership.protocol import LaneFrontier, LaneStatus, Verdict
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
+def digest_of(members: tuple[int, ...]) -> int:
+    """Number, never 0, that stands for these members in this order, whatever the epoch."""
+    text = ",".join(map(str, members)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"ringhold group").digest()) or 1
+
+
 def lane_of(name: str, members: tuple[int, ...], lane: str) -> str:
     """Name that a sub-group's lane has in the run; equal on members that mean the same one."""
-    digest = hashlib.blake2b(",".join(map(str, members)).encode(), digest_size=8, person=b"ringhold group")
-    return f"{lane}@{name}#{digest.hexdigest()}"
+    return f"{lane}@{name}#{digest_of(members):016x}"
 
 
 def group_name(lane: str) -> str:

@@ -103,6 +103,8 @@ class Member:
     verdicts: dict[tuple[str, int], RingholdError] = field(default_factory=dict)
     refused: dict[str, RingholdError] = field(default_factory=dict)
     """Lanes that take no operation any more: members disagree about the sub-group."""
+    lost: set[int] = field(default_factory=set)
+    """Members that went since this one came."""
     past: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Members of the epochs that a view or an outcome may still name."""
     outstanding: dict[str, FromPeer] = field(default_factory=dict)
@@ -138,8 +140,7 @@ class Member:
 
     def members_of(self, name: str, epoch: int) -> tuple[int, ...]:
         """Members of an epoch that a lane's operations run among, by rank."""
-        group = self.lanes[name].group
-        return _among(group, self.past[epoch]) if group else self.past[epoch]
+        return among(self.lanes[name].group, self.past[epoch])
 
     def statuses(self) -> list[LaneStatus]:
         """Lanes for a heartbeat; the driver fills in the seconds."""
@@ -274,6 +275,7 @@ class Member:
             self._carry_over(decision)
         self.epoch = self.promised = decision.epoch
         self.decision = decision
+        self.lost.update(decision.lost)
         self.past[decision.epoch] = tuple(info.member for info in decision.members)
         for verdict in decision.verdicts:
             if verdict.error == "disputed":
@@ -335,6 +337,7 @@ class Member:
 
 
 @lru_cache(maxsize=1024)
-def _among(group: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
+def among(group: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a sub-group (empty: all) that are members, by rank."""
     here = set(members)
-    return tuple(member for member in group if member in here)
+    return tuple(member for member in group if member in here) if group else members
