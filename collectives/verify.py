@@ -25,11 +25,25 @@ Hashes = npt.NDArray[np.uint64]
 REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
 """Kinds that end with the contributions of all holders of an element; other kinds end with that of one."""
 
+_TERMS = {
+    "all_reduce": ("some", "all"),
+    "reduce_scatter": ("some", "shared out"),
+    "reduce": ("some", "one"),
+    "all_gather": ("shared out", "all"),
+    "gather": ("shared out", "one"),
+    "broadcast": ("one", "all"),
+    "scatter": ("one", "shared out"),
+    "all_to_all": ("shared out", "shared out"),
+}
+"""Who must hold the buffer at the start and want it at the end: all ranks all of it, one rank all of it and the others
+nothing, or each element one rank. What is reduced may be held by some ranks only. Other kinds are free."""
+
 
 def verify(schedule: Schedule) -> None:
     """Prove that a schedule does what its kind promises, and that timing cannot change the result.
 
-    In each step no copied range meets another write or a send of the same rank, and no computation meets anything.
+    The right ranks hold and want the buffer: for a gather, each element is held by one rank, and one rank wants all. In
+    each step no copied range meets another write or a send of the same rank, and no computation meets anything.
     Nothing undefined is sent, reduced or computed on; no contribution is reduced in twice; nothing is finished twice,
     or before it is fully reduced. At the end each wanted range holds, exactly once, the contributions of all ranks
     that hold it (kinds in `REDUCING`) or of one of them (other kinds), finished if the schedule has a kernel "finish".
@@ -44,6 +58,7 @@ def verify(schedule: Schedule) -> None:
         _verify_barrier(schedule)
         return
     cut = _Cut(schedule)
+    _refuse_terms(cut)
     _refuse_hazards(cut)
     state = _State(cut)
     for step in np.unique(np.concatenate([cut.transfers.step, cut.computes.step])).tolist():
@@ -132,6 +147,23 @@ class _Cut:
         row = np.repeat(np.arange(len(low)), length)
         cell = np.arange(len(row)) - (np.cumsum(length) - length - low)[row]
         return _Rows(number[row], rank[row].astype(np.int64), other[row].astype(np.int64), cell, flag[row])
+
+
+def _refuse_terms(cut: _Cut) -> None:
+    """Refuse a schedule of a known kind that is not between the ranks that this kind is about."""
+    terms = _TERMS.get(cut.schedule.kind)
+    if terms is None or not cut.cells:
+        return
+    for verb, mask, term in zip(("held", "wanted"), (cut.held, cut.wanted), terms, strict=True):
+        whole = mask.all(axis=1)
+        met, wording = {
+            "some": (True, ""),
+            "all": (whole.all(), "whole by every rank"),
+            "one": (whole.sum() == 1 and mask.any(axis=1).sum() == 1, "whole by one rank and not at all by others"),
+            "shared out": ((mask.sum(axis=0) == 1).all(), "by exactly one rank in each element"),
+        }[term]
+        if not met:
+            raise ScheduleError(f"{_name(cut.schedule)}: the buffer must be {verb} {wording}")
 
 
 def _refuse_hazards(cut: _Cut) -> None:
