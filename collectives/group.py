@@ -5,6 +5,7 @@ an attempt that fails is the membership's alone (rules R2 to R4); this module ob
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Alone(Runner):
         self._pool = StagingPool()
         self._engine = Engine(self._pool)
         self._transport = NoTransport()
+        self._seq: Counter[str] = Counter()
 
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Always the same."""
@@ -59,6 +61,8 @@ class Alone(Runner):
 
     def execute(self, operation: Operation) -> Outcome:
         """Run the schedule for a world of one: no step moves anything."""
+        self._seq[operation.lane] += 1
+        operation.seq = self._seq[operation.lane]
         plan = operation.plan(self._view)
         program = self._engine.program(plan.schedule, self._transport, plan.source.dtype, plan.dtype, plan.lift)
         staging = self._pool.take(program.footprint, plan.dtype)
@@ -117,7 +121,7 @@ class Group(Runner):
         with changed:
             if core.error is not None:
                 raise core.error
-            seq = core.enter(operation.lane, operation.kind)
+            seq = operation.seq = core.enter(operation.lane, operation.kind)
         try:
             return self._settle(operation, seq)
         except (MemberLost, DescriptorMismatch, CrossedWaits):

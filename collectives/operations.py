@@ -81,6 +81,7 @@ class Operation(ABC):
         snapshot: copy the input now, so that the caller may change it while the operation is under way.
         op: reduce op of a reduction.
         root: member id of the root of a broadcast, 0 for others.
+        seq: number of the operation on its lane, the same on every member; set before it is planned.
 
     """
 
@@ -93,6 +94,7 @@ class Operation(ABC):
     snapshot: bool = False
     op: str = ""
     root: int = 0
+    seq: int = field(init=False, default=0)
     input: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
