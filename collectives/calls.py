@@ -12,14 +12,16 @@ What all operations share:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from collectives import encoded
+from collectives.error_feedback import Residual
 from collectives.membership.member import MAIN
-from collectives.operations import AllGather, AllReduce, Barrier, Broadcast, Exchange, Operation, ReduceScatter, View
+from collectives.operations import AllGather, Barrier, Broadcast, Exchange, Operation, ReduceScatter, View
 from collectives.outcome import Outcome, Work
 from collectives.schedule import Schedule
 
@@ -31,6 +33,16 @@ class How(TypedDict, total=False):
     on_loss: str
     algorithm: str
     snapshot: bool
+
+
+class HowToReduce(How, total=False):
+    """Keywords that all-reduce takes besides; see `Collectives.all_reduce`."""
+
+    codec: str | None
+    rounding: str
+    feedback: Residual | None
+    reproducible: bool
+    contributions: Sequence[Tensor] | None
 
 
 class Collectives(ABC):
@@ -53,7 +65,7 @@ class Collectives(ABC):
         inplace: bool = ...,
         out: Tensor | None = ...,
         async_op: Literal[False] = ...,
-        **how: Unpack[How],
+        **how: Unpack[HowToReduce],
     ) -> Outcome: ...
     @overload
     def all_reduce(
@@ -64,7 +76,7 @@ class Collectives(ABC):
         inplace: bool = ...,
         out: Tensor | None = ...,
         async_op: Literal[True],
-        **how: Unpack[How],
+        **how: Unpack[HowToReduce],
     ) -> Work: ...
     def all_reduce(
         self,
@@ -74,7 +86,7 @@ class Collectives(ABC):
         inplace: bool = True,
         out: Tensor | None = None,
         async_op: bool = False,
-        **how: Unpack[How],
+        **how: Unpack[HowToReduce],
     ) -> Outcome | Work:
         """Reduce over all members; every member gets the same bits.
 
@@ -84,11 +96,16 @@ class Collectives(ABC):
             inplace: write the result to `tensor`; else `Outcome.result` is a new tensor (no copy is made for it).
             out: write the result there instead.
             async_op: return at once.
-            how: see the module; algorithm: auto, ring, bidirectional or doubling.
+            how: see the module; algorithm: auto, ring, bidirectional or doubling. And, for sum and avg:
+                codec: "int8", "int4" or "bf16" on the wire, for fewer bytes and an error (`collectives.quantize`);
+                rounding: with a codec, "nearest" or "stochastic"; feedback: a residual of `ErrorFeedback`.
+                reproducible: the result follows from the multiset of contributions, not from who makes them or how
+                many members there are (`collectives.reproducible`); contributions: with it, this member's, each by
+                itself, none to many, like `tensor`, which then only takes the result; avg divides by their number.
 
         """
-        operation = AllReduce(tensor=tensor, op=op, inplace=inplace, out=out, **self._common(how))
-        return self._start(operation, async_op)
+        common = self._common(how, HowToReduce.__optional_keys__)
+        return self._start(encoded.all_reduce(tensor=tensor, op=op, inplace=inplace, out=out, **common), async_op)
 
     @overload
     def reduce_scatter(
@@ -182,12 +199,13 @@ class Collectives(ABC):
         operation = Exchange(tensor=tensor, schedule=schedule, op=op, kernels=kernels or {}, **self._common(how))
         return self._start(operation, async_op)
 
-    def _common(self, how: How) -> dict[str, Any]:
+    def _common(self, how: How, known: frozenset[str] = How.__optional_keys__) -> dict[str, Any]:
         """Fill in the defaults and what the caller sees now. Raises `TypeError` on an unknown keyword."""
-        if unknown := sorted(how.keys() - How.__optional_keys__):
-            raise TypeError(f"unknown keyword {unknown[0]!r}; there are {', '.join(sorted(How.__optional_keys__))}")
+        if unknown := sorted(how.keys() - known):
+            raise TypeError(f"unknown keyword {unknown[0]!r}; there are {', '.join(sorted(known))}")
         lane = how.get("lane", MAIN)
         return {
+            **how,
             "lane": lane,
             "on_loss": how.get("on_loss", "retry"),
             "algorithm": how.get("algorithm", "auto"),

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from collectives import quantize, reproducible
 from collectives.algorithms import encoded
 from collectives.error_feedback import Residual
 from collectives.errors import UnsupportedTensor, UsageError
-from collectives.operations import Operation, Plan, View, check_out, check_tensor
+from collectives.operations import AllReduce, Operation, Plan, View, check_out, check_tensor
 from collectives.quantize import BLOCK, Codec, Noise
 from collectives.reduction import ReduceOp
 from collectives.reproducible import MOST, Accumulator
@@ -253,3 +253,31 @@ class Reproducible(Encoded):
                 )
             first = last
         return values
+
+
+def all_reduce(
+    *,
+    codec: str | None = None,
+    rounding: str | None = None,
+    feedback: Residual | None = None,
+    reproducible: bool = False,
+    contributions: Sequence[Tensor] | None = None,
+    **given: Any,
+) -> Operation:
+    """Make the all-reduce that is asked for: plain, `Quantized` or `Reproducible`; `given` is what these share.
+
+    Raises:
+        UsageError: the keywords contradict each other.
+
+    """
+    if codec is not None and reproducible:
+        raise UsageError("all_reduce: a codec rounds, so the sum cannot be reproducible; give one of the two")
+    if codec is None and (rounding is not None or feedback is not None):
+        raise UsageError("all_reduce: rounding and feedback belong to a codec; name one")
+    if contributions is not None and not reproducible:
+        raise UsageError("all_reduce: several contributions of one member need reproducible=True; else add them up")
+    if codec is not None:
+        return Quantized(codec=codec, rounding=rounding or "nearest", feedback=feedback, **given)
+    if reproducible:
+        return Reproducible(contributions=contributions, **given)
+    return AllReduce(**given)
