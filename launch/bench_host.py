@@ -168,8 +168,9 @@ def through_mpirun(ranks: int) -> NoReturn:
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}
     command = [mpirun, "-n", str(ranks)]
     if "Open MPI" in words:
-        # More ranks than cores are the rule on the machines that this is for, and containers run as root.
-        command += ["--oversubscribe", "--bind-to", "none"]
+        # More ranks than cores are the rule on the machines that this is for, and containers run as root. A rank that
+        # waits must give way: two that were woken on one core would otherwise wait there for each other's time slice.
+        command += ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
         environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     sys.stdout.flush()
     os.execve(mpirun, [*command, sys.executable, *sys.orig_argv[1:]], environ)

@@ -180,6 +180,7 @@ class Rank:
         for case in cases:
             case.reset()
         self._control.barrier()
+        competitor.align()
         begun = time.perf_counter()
         for _ in range(batch):
             competitor.run(cases, inplace)

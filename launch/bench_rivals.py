@@ -26,6 +26,9 @@ class Competitor(Protocol):
     def run(self, cases: Sequence[Case], inplace: bool) -> list[Tensor | None]:
         """Run one operation a case (ours: at once, each on a lane) and return the results."""
 
+    def align(self) -> None:
+        """Return at the same time on all ranks, by the competitor's own barrier: what it runs next finds them awake."""
+
     def close(self) -> None:
         """Free what it holds."""
 
@@ -46,6 +49,10 @@ class Ours:
             return [outcome.result]
         works = [self._start(case, inplace, f"bench {lane}", True) for lane, case in enumerate(cases)]
         return [work.wait().result for work in works if isinstance(work, Work)]
+
+    def align(self) -> None:
+        """See Competitor."""
+        self.comm.barrier()
 
     def close(self) -> None:
         """Leave the run."""
@@ -89,6 +96,10 @@ class TorchGloo:
     def run(self, cases: Sequence[Case], inplace: bool) -> list[Tensor | None]:
         """See Competitor; the cases one after the other."""
         return [self._run(case, inplace) for case in cases]
+
+    def align(self) -> None:
+        """See Competitor."""
+        dist.barrier()
 
     def close(self) -> None:
         """Destroy the group."""
@@ -134,6 +145,10 @@ class Mpi:
     def run(self, cases: Sequence[Case], inplace: bool) -> list[Tensor | None]:
         """See Competitor; the cases one after the other."""
         return [self._run(case, inplace) for case in cases]
+
+    def align(self) -> None:
+        """See Competitor."""
+        self._comm.Barrier()
 
     def close(self) -> None:
         """Free the communicator."""
