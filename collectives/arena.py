@@ -74,7 +74,7 @@ class MappedArena:
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, CAPACITY, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._bytes = torch.from_dlpack(np.frombuffer(self._memory, dtype=np.uint8))  # which takes read-only memory
+        self._bytes = torch.utils.dlpack.from_dlpack(np.frombuffer(self._memory, dtype=np.uint8))  # which takes read-only memory
 
     def view(self, start: int, like: Tensor) -> Tensor:
         """The owner's data at `start`, as many of the same dtype as `like`, without a copy. Writing would fault."""

@@ -6,7 +6,7 @@ transport, and whatever was taken from the pool comes back when the transport ha
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,14 +30,14 @@ PACK_BYTES = 2**14
 WINDOW = 4
 """Receives posted ahead. Two are 5% slower over gloo, eight no faster. Transports without rendezvous do not care."""
 PROBES = ("begin", "transfer", "reduce", "end")
-"""The points at which `probe` is called: before anything is sent, after each segment that arrived, after each segment
+"""The points at which `probe` is called: before anything is received, after each segment that arrived, after each segment
 that was reduced, and when all is staged and nothing in flight."""
 
 _NOTHING = torch.empty(0)
 _NO_KERNELS: Mapping[str, Kernel] = {}
 
 
-_Key = tuple[int, int, int, bool, bool]
+_Key = tuple[int, int, int, int, bool, bool, bool]
 
 
 class Engine:
@@ -74,6 +74,7 @@ class Engine:
         kernels: Mapping[str, Kernel] = _NO_KERNELS,
         probe: Probe | None = None,
         lift: bool = True,
+        agree: Callable[[], None] | None = None,
     ) -> None:
         """Run this rank's part; afterwards `Program.pieces` are the ranges `schedule.wanted(rank)` of the result.
 
@@ -89,6 +90,9 @@ class Engine:
             probe: called with a name of PROBES at that point; what it raises passes through.
             lift: if False, wanted ranges that never leave the caller's tensor (all of a broadcast's root, the own chunk
                 of an all-gather) are not copied to staging.
+
+            agree: called when all is sent that needs nothing of a peer, before anything of a peer is used. Over a
+                transport whose receivers do not fetch the data themselves that is before anything is sent.
 
         Raises:
             TransportLost: a link failed or the epoch was aborted. The content of `staging` is undefined then, and it
@@ -108,9 +112,14 @@ class Engine:
             kernels,
             probe,
         )
+        opening = program.opening if transport.lends else 0
+        for instruction in program.instructions[:opening]:
+            instruction.run(machine)
+        if agree is not None:
+            agree()
         if probe is not None:
             probe("begin")
-        for instruction in program.instructions:
+        for instruction in program.instructions[opening:]:
             instruction.run(machine)
         if probe is not None:
             probe("end")
@@ -125,18 +134,20 @@ class Engine:
 
         """
         size, convert = staging.itemsize, source != staging
-        key = (transport.rank, size, transport.inline_limit, convert, lift)
+        segment = transport.segment_bytes or self._segment_bytes
+        key = (transport.rank, size, transport.inline_limit, segment, transport.lends, convert, lift)
         programs = self._programs.get(schedule)
         program = programs.get(key) if programs is not None else None
         if program is None:
             cutting = Cutting(
-                segment=self._segment_bytes // size,
+                segment=segment // size,
                 inline=transport.inline_limit // size,
                 note=self._note_bytes // size,
                 window=self._window,
                 convert=convert,
                 lift=lift,
                 pack=min(PACK_BYTES, transport.inline_limit, self._note_bytes) // size,
+                lend=transport.lends,
             )
             program = compile_program(schedule, transport.rank, cutting)
             with self._lock:

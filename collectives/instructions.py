@@ -166,6 +166,17 @@ class PostSend(NamedTuple):
         machine.sending[self.number] = machine.transport.send(self.peer, data, machine.channel)
 
 
+class Lend(NamedTuple):
+    """Let the transport know of data that nothing overwrites before the operation is confirmed."""
+
+    peer: int
+    data: Where
+
+    def run(self, machine: Machine) -> None:
+        """See Instruction."""
+        machine.transport.lend(self.peer, machine.tensor(self.data), machine.channel)
+
+
 class AwaitSend(NamedTuple):
     """Wait until the memory of the send of this number may be written again."""
 

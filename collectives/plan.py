@@ -57,6 +57,8 @@ class Cutting(NamedTuple):
     """Copy wanted ranges that never leave the caller's tensor into staging as well."""
     pack: int = 0
     """Transfers of up to this many elements in one step between two ranks share a note; no more than `inline`."""
+    lend: bool = False
+    """Nobody waits for a send that nothing overwrites."""
 
 
 @dataclass(slots=True)

@@ -24,13 +24,19 @@ from collectives.instructions import (
     AwaitReceive,
     AwaitSend,
     Instruction,
+    Lend,
     PostReceive,
+    PostSend,
     TakeNote,
     TakePack,
     Where,
 )
 from collectives.plan import NEVER_USED, START, Cutting, Plan
 from collectives.schedule import Schedule
+
+
+WAITING = (AwaitReceive, AwaitSend, TakeNote, TakePack)
+"""Instructions that end only when a peer has done something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,8 @@ class Program:
     scratch: int
     result: tuple[Where, ...]
     """Where the wanted ranges are at the end, in order, as few pieces as there are."""
+    opening: int
+    """So many instructions come before the first that waits for a peer."""
 
     def pieces(self, source: Tensor, staging: Tensor) -> tuple[Tensor, ...]:
         """The result as views: of staging, and of the caller's tensor where nothing was lifted."""
@@ -87,9 +95,19 @@ class _Order:
             self._post_ahead(index - 1)
             self._do_due(index)
             self._post_ahead(index)
-        self._await_sends(frozenset(range(len(plan.send_step))))
+        if plan.cutting.lend:
+            self._made = [self._lent(instruction) for instruction in self._made]
+        else:
+            self._await_sends(frozenset(range(len(plan.send_step))))
         result = tuple(merged(map(self._footprint.place, plan.result)))
-        return Program(tuple(self._made), self._footprint.size, self._slots * self._slot_size, result)
+        opening = next((i for i, made in enumerate(self._made) if isinstance(made, WAITING)), len(self._made))
+        return Program(tuple(self._made), self._footprint.size, self._slots * self._slot_size, result, opening)
+
+    def _lent(self, instruction: Instruction) -> Instruction:
+        """A send that nothing waits for, because nothing overwrites its data, is over with the operation."""
+        if isinstance(instruction, PostSend) and instruction.number not in self._waited:
+            return Lend(instruction.peer, instruction.data)
+        return instruction
 
     def _post_ahead(self, done: int) -> None:
         """Post the next receives within the window, up to the first that may not land yet."""
