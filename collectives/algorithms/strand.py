@@ -10,7 +10,7 @@ A strand made for a small world can be lifted into a larger one, where several t
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, Protocol, cast
+from typing import Any, ParamSpec, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from collectives.region import Ints, Ranges
 from collectives.schedule import Bools, Computes, Recv, Schedule, Send, Step, column
 
 P = ParamSpec("P")
+Peers: TypeAlias = Callable[[Ints, Ints], Ints]
 NOBODY = -1
 """What a peer rule returns for a rank that stands still in that turn."""
 
@@ -34,9 +35,9 @@ class Strand:
     """
 
     steps: range
-    target: Callable[[Ints, Ints], Ints]
+    target: Peers
     """(turn, rank) -> the rank that it sends to, or NOBODY."""
-    source: Callable[[Ints, Ints], Ints]
+    source: Peers
     """(turn, rank) -> the rank that it receives from, or NOBODY."""
     span: Callable[[Ints, Ints], Span]
     """(turn, sending rank) -> start and stop. Empty ranges are not sent, unless the strand notifies."""
@@ -44,10 +45,18 @@ class Strand:
     notify: bool = False
     turns: int = 1
     """Turns in each step: they happen at once, and their rows are in this order."""
+    active: Callable[[Ints], tuple[Ints, Ints]] | None = None
+    """(turns) -> the pairs of turn and rank that may send, turn by turn, where these are few of all pairs."""
 
     def all_turns(self) -> Ints:
         """The numbers of all turns."""
         return np.arange(len(self.steps) * self.turns)
+
+    def senders(self, turns: Ints, world: int) -> tuple[Ints, Ints]:
+        """Pairs of turn and rank, among them all that send in these turns; turn by turn."""
+        if self.active is not None:
+            return self.active(turns)
+        return np.repeat(turns, world), np.tile(np.arange(world), len(turns))
 
     def moving(self, peer: Ints, start: Ints, stop: Ints) -> Bools:
         """Which rows are transfers."""
@@ -82,8 +91,7 @@ class Strands:
         for strand in self.strands:
             if index in strand.steps:
                 first = (index - strand.steps.start) * strand.turns
-                turns = np.repeat(np.arange(first, first + strand.turns), self.world)
-                ranks = np.tile(np.arange(self.world), strand.turns)
+                turns, ranks = strand.senders(np.arange(first, first + strand.turns), self.world)
                 target = strand.target(turns, ranks)
                 start, stop = strand.span(turns, ranks)
                 moving = strand.moving(target, start, stop)
@@ -169,7 +177,7 @@ def lifted(strand: Strand, world: int, members: Ints) -> Strand:
     teams, size = members.shape
     team[members], place[members] = np.arange(teams)[:, None], np.arange(size)
 
-    def by(rule: Callable[[Ints, Ints], Ints]) -> Callable[[Ints, Ints], Ints]:
+    def by(rule: Peers) -> Peers:
         def peer(turn: Ints, rank: Ints) -> Ints:
             met = rule(turn, place[rank])
             return np.where((team[rank] == NOBODY) | (met == NOBODY), NOBODY, members[team[rank], met])
@@ -179,7 +187,11 @@ def lifted(strand: Strand, world: int, members: Ints) -> Strand:
     def span(turn: Ints, rank: Ints) -> Span:
         return strand.span(turn, place[rank])
 
-    return replace(strand, target=by(strand.target), source=by(strand.source), span=span)
+    def active(turns: Ints) -> tuple[Ints, Ints]:
+        turn, at = strand.senders(turns, size)
+        return np.repeat(turn, teams), members[:, at].T.ravel()
+
+    return replace(strand, target=by(strand.target), source=by(strand.source), span=span, active=active)
 
 
 def outward(world: int, root: int, span: Callable[[Ints, Ints], Span]) -> tuple["Star", "Star"]:
@@ -194,14 +206,21 @@ def outward(world: int, root: int, span: Callable[[Ints, Ints], Span]) -> tuple[
     def near(turn: Ints, rank: Ints) -> Ints:
         return np.where((rank - root - 1) % world == turn, root, NOBODY)
 
-    def star(target: Callable[[Ints, Ints], Ints], source: Callable[[Ints, Ints], Ints]) -> Star:
+    def star(active: Peers, target: Peers, source: Peers) -> Star:
         def at(step: int, combine: bool = False) -> Strand:
-            steps = range(step, step + (world > 1))
-            return Strand(steps, target, source, span, combine=combine, turns=max(1, world - 1))
+            return Strand(
+                steps=range(step, step + (world > 1)),
+                target=target,
+                source=source,
+                span=span,
+                combine=combine,
+                turns=max(1, world - 1),
+                active=lambda turns: (turns, active(turns, root + 0 * turns)),
+            )
 
         return at
 
-    return star(far, near), star(near, far)
+    return star(lambda turn, rank: rank, far, near), star(far, near, far)
 
 
 class Star(Protocol):
