@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from collectives.errors import CoordinatorUnreachable, Evicted, JoinRefused, ProtocolError, RingholdError
 from collectives.membership.member import Member
 from collectives.membership.protocol import (
@@ -236,10 +238,7 @@ class Session:
         with self.changed:
             rows, epoch = self.core.statuses(), self.core.epoch
         self._since = {key: self._since.get(key, now) for key in ((epoch, row.lane, row.seq) for row in rows)}
-        return [
-            LaneStatus(r.lane, r.seq, r.kind, r.phase, r.waiting_for, now - self._since[epoch, r.lane, r.seq])
-            for r in rows
-        ]
+        return [msgspec.structs.replace(row, seconds=now - self._since[epoch, row.lane, row.seq]) for row in rows]
 
     def _stalled(self, statuses: list[LaneStatus]) -> list[FromPeer]:
         """Rule R11: complain, once in an epoch, of each operation that is under way for too long."""

@@ -214,7 +214,7 @@ class Headquarters:
         match action:
             case Send(number, message):
                 link = self._links.get(number)
-                world.judge.sends(message)
+                world.judge.sends(message, link.host if link is not None else None)
                 if isinstance(message, Prepare | Decision):
                     world.probe("prepare" if isinstance(message, Prepare) else "announce")
                 if link is not None and self.coordinator is not None:

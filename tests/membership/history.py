@@ -34,6 +34,21 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
+class Team:
+    """A sub-group: ranks among the founders, the kinds of its lane's operations, and how many of them are under way
+    beside each operation of the main lane, or complete before it.
+
+    `misnamed`: the rank of a founder that means other members by its name, -1: none.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    kinds: list[str]
+    until: list[int]
+    misnamed: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """Something that goes wrong when a point is reached for the `count`-th time, or at a time (`point` empty).
 
@@ -76,6 +91,7 @@ class History:
     """Where a process ends, by a death or an eviction, another is started that joins."""
     crosses: bool = False
     """Somebody calls the operations of two lanes in another order."""
+    teams: list[Team] = field(default_factory=list)
 
     @property
     def founders(self) -> int:
@@ -156,6 +172,7 @@ def draw(seed: int) -> History:
         rejoins=rng.random() < 0.15,
     )
     _DRAW[theme](rng, history)
+    _draw_teams(Random(seed ^ 0x7EA3), history)
     return history
 
 
@@ -183,6 +200,21 @@ def _program(rng: Random, admits: bool, views: bool) -> tuple[list[Spec], list[s
         program.append(Spec(rng.choice(kinds), on_loss, batch > 0, len(side), cross))
         batch = batch - 1 if batch else (rng.choice((0, 0, 0, 2, 3)))
     return program, side
+
+
+def _draw_teams(rng: Random, history: History) -> None:
+    """Draw sub-groups, which may overlap: for many histories some, for most none."""
+    if history.founders < 2 or rng.random() < 0.55:
+        return
+    for number in range(rng.choice((1, 1, 2, 3))):
+        ranks = rng.sample(range(history.founders), rng.randint(min(2, history.founders), history.founders))
+        kinds: list[str] = []
+        until: list[int] = []
+        for _ in history.program:
+            kinds += [rng.choice(_KINDS) for _ in range(rng.choice((0, 1, 1, 2)))]
+            until.append(len(kinds))
+        misnames = history.theme == "mismatch" and rng.random() < 0.5
+        history.teams.append(Team(f"team{number}", tuple(ranks), kinds, until, rng.choice(ranks) if misnames else -1))
 
 
 def _host_fault(rng: Random, history: History, what: str, seconds: float = 0.0) -> Fault:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from collectives.errors import CoordinatorUnreachable, Evicted, RingholdError
 from collectives.membership.member import Member
 from collectives.membership.protocol import (
@@ -247,10 +249,7 @@ class Host:
         now, epoch = self.world.now, self.core.epoch
         rows = self.core.statuses()
         self._since = {key: self._since.get(key, now) for key in ((epoch, row.lane, row.seq) for row in rows)}
-        return [
-            LaneStatus(r.lane, r.seq, r.kind, r.phase, r.waiting_for, now - self._since[epoch, r.lane, r.seq])
-            for r in rows
-        ]
+        return [msgspec.structs.replace(row, seconds=now - self._since[epoch, row.lane, row.seq]) for row in rows]
 
     def _stalled(self, statuses: list[LaneStatus]) -> list[FromPeer]:
         late = [row for row in statuses if row.phase != "idle" and row.seconds > PATIENCE]

@@ -39,6 +39,8 @@ class Judge:
         self.seen: Counter[str] = Counter()
         self.deviates = False
         self.decisions: dict[int, Decision] = {}
+        self.groups: dict[str, tuple[int, ...]] = {}
+        """Members of the sub-groups that lanes belong to, as those say who opened them."""
         self._era: dict[int, int] = {0: 0}
         self._before: dict[int, int] = {0: 0}
         self._latest = 0
@@ -53,6 +55,7 @@ class Judge:
         self._newest_attempt: dict[Key, int] = {}
         self._views: dict[Key, int] = {}
         self._lost: set[int] = set()
+        self._disputed: set[str] = set()
         self._left: set[int] = set()
 
     def count(self, what: str) -> None:
@@ -115,6 +118,8 @@ class Judge:
             self._admission(decision, survivors)
         for verdict in decision.verdicts:
             self.count(f"verdict {verdict.error}")
+            if verdict.error == "disputed":
+                self._disputed.add(verdict.lane)
         if decision.ended:
             self.count("ended")
         if not members:
@@ -125,18 +130,36 @@ class Judge:
     def _admission(self, decision: Decision, survivors: list[int]) -> None:
         """Rule R13: joiners come in when all stand at a safe point with equal frontiers."""
         self.count("joiners admitted")
-        rows = set()
+        rows: dict[str, dict[int, tuple[int, int]]] = {}
         for member in survivors:
             host = self.world.host_of[member]
             if not host.core.admitting:
                 self.fail(f"epoch {decision.epoch} lets {decision.joined} in; member {member} is at no safe point")
             if any(lane.busy for lane in host.core.lanes.values()):
                 self.fail(f"epoch {decision.epoch} lets {decision.joined} in; member {member} is in an operation")
-            rows.add(tuple(sorted((n, ln.entered, ln.complete) for n, ln in host.core.lanes.items() if ln.entered)))
-        if len(rows) > 1:
-            self.fail(f"epoch {decision.epoch} lets {decision.joined} in at different frontiers {rows}")
+            for name, lane in host.core.lanes.items():
+                rows.setdefault(name, {})[member] = (lane.entered, lane.complete)
+        for name, row in rows.items():
+            stands = {row.get(m, (0, 0)) for m in survivors if m in self.groups.get(name, survivors)}
+            if len(stands) > 1 and name not in self._disputed:
+                self.fail(f"epoch {decision.epoch} lets {decision.joined} in; lane {name} stands at {stands}")
 
-    def sends(self, message: FromCoordinator) -> None:
+    def _told(self, host: "Host", told: Decision) -> bool:
+        """Whether this is what a member of a decision is to be told: all of it but for others' sub-groups."""
+        whole = self.decisions.get(told.epoch)
+        if whole is None:
+            return False
+        me = next(info.member for info in whole.members if info.host == f"host{host.index}")
+        mine = {name for name in whole.lanes if me in self.groups.get(name, (me,))}
+        lanes = {name: frontier for name, frontier in whole.lanes.items() if name in mine}
+        verdicts = [v for v in whole.verdicts if v.lane in mine or v.lane not in whole.lanes]
+        return (told.lanes, told.verdicts) == (lanes, verdicts) and (told.members, told.nonce, told.lost) == (
+            whole.members,
+            whole.nonce,
+            whole.lost,
+        )
+
+    def sends(self, message: FromCoordinator, host: "Host | None") -> None:
         """A message leaves the coordinator."""
         self.seen[type(message).__name__] += 1
         if isinstance(message, Prepare):
@@ -145,7 +168,7 @@ class Judge:
             use = (self.world.headquarters.incarnation, tuple(message.members))
             if self._prepares.setdefault(message.epoch, use) != use:
                 self.fail(f"number {message.epoch} is used twice: {self._prepares[message.epoch]} and {use}")
-        if isinstance(message, Decision) and message != self.decisions.get(message.epoch):
+        if isinstance(message, Decision) and host is not None and not self._told(host, message):
             self.fail(f"decision {message.epoch} is announced and not on disk, or another is")
 
     def stopped(self, reason: str) -> None:
@@ -183,7 +206,7 @@ class Judge:
     def applied(self, host: "Host", decision: Decision, before: int) -> None:
         """A member has applied an epoch."""
         number, member = decision.epoch, host.core.member
-        if decision != self.decisions.get(number):
+        if not self._told(host, decision):
             self.fail(f"{host.name} applies epoch {number}, which is not on disk")
         if number <= before or number < self._promised.get(host, 0):
             self.fail(f"{host.name} applies {number} at epoch {before}, promised {self._promised.get(host)}")
@@ -227,6 +250,11 @@ class Judge:
     def _key(self, host: "Host", lane: str, seq: int, epoch: int) -> Key:
         return self._era[epoch], lane, seq
 
+    def _members(self, lane: str, epoch: int) -> set[int]:
+        """Whom an attempt of this lane in this epoch is for."""
+        members = {info.member for info in self.decisions[epoch].members}
+        return members.intersection(self.groups.get(lane, members))
+
     def attempts(self, host: "Host", lane: str, seq: int, epoch: int) -> None:
         """A member begins an attempt."""
         key = self._key(host, lane, seq, epoch)
@@ -240,7 +268,7 @@ class Judge:
         """A member has staged a result; `contributors` are those whose data are in it, None: not told."""
         if self._promised.get(host, 0) > epoch:
             self.fail(f"{host.name} stages {lane} {seq} of epoch {epoch} and promised {self._promised[host]}")
-        members = {info.member for info in self.decisions[epoch].members}
+        members = self._members(lane, epoch)
         if contributors is not None and contributors != members:
             self.fail(f"{host.name} staged {lane} {seq} of {contributors}, the members are {members}")
         self._staged.setdefault((self._key(host, lane, seq, epoch), epoch), set()).add(host.core.member)
@@ -252,7 +280,7 @@ class Judge:
         self._check_staged(host, self._key(host, lane, seq, epoch), epoch)
 
     def _check_staged(self, host: "Host", key: Key, epoch: int) -> None:
-        missing = {i.member for i in self.decisions[epoch].members} - self._staged.get((key, epoch), set())
+        missing = self._members(key[1], epoch) - self._staged.get((key, epoch), set())
         if host.core.member in missing or (missing and missing.difference(self._lost)):
             self.fail(f"{host.name} completes {key} of epoch {epoch}; members {sorted(missing)} have not staged it")
 
@@ -278,8 +306,9 @@ class Judge:
             self.fail(f"{host.name} raises {kind} at {lane} {seq}; everybody called the same")
         if kind == "CrossedWaits" and not self.world.history.crosses:
             self.fail(f"{host.name} raises {kind} at {lane} {seq}; nobody crossed")
-        if kind == "MemberLost" and not self._lost and not self.deviates:
-            self.fail(f"{host.name} raises {kind} at {lane} {seq}; nobody was lost")
+        lost = self._lost.intersection(self.groups.get(lane, self._lost))
+        if kind == "MemberLost" and not lost and not self.deviates:
+            self.fail(f"{host.name} raises {kind} at {lane} {seq}; nobody of its group was lost")
 
     def ended(self, host: "Host", how: str) -> None:
         """A host's program ended."""

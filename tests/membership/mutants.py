@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from collectives.membership import decisions, frontiers, stalls
+from collectives.membership import coordinator, decisions, frontiers, stalls
 from collectives.membership.coordinator import Action, Coordinator, Persist, Send
 from collectives.membership.member import Lane, Member
 from collectives.membership.protocol import (
@@ -247,6 +247,30 @@ def _verdicts_for_those_inside(self: Member, decision: Decision) -> bool:
     return done
 
 
+def _rows_of_all(reports: frontiers.Reports, name: str, group: Any) -> dict[int, LaneReport]:
+    """Whoever is not in a sub-group is asked about its lanes too."""
+    return {member: lanes.get(name, LaneReport(0, 0, 0, 0, 0, 0)) for member, lanes in reports.items()}
+
+
+def _absent_outsiders(rows: Any, op: tuple[str, int]) -> list[int]:
+    """Whoever is not in a sub-group is missed in its operations."""
+    name, number = op
+    return sorted(m for m, lanes in rows.items() if name not in lanes or lanes[name].seq < number)
+
+
+def _no_dispute(reports: Any, lanes: Any) -> list[Verdict]:
+    return []
+
+
+def _told_everything(decision: Decision, member: int) -> Decision:
+    return decision
+
+
+def _any_group_sees_any_loss(self: Member, name: str, epoch: int) -> tuple[int, ...]:
+    """A sub-group's operation runs among all members."""
+    return self.past[epoch]
+
+
 def _carry_over_nothing(self: Member, decision: Decision) -> None:
     """What all staged is run again by those who had not heard so."""
     for lane in self.lanes.values():
@@ -296,6 +320,11 @@ MUTANTS: dict[str, list[Patch]] = {
     "frontier: what anybody staged": _frontier(_frontiers_of_any),
     "frontier: complete ones only": _frontier(_frontiers_of_complete_only),
     "frontier: the slowest member": _frontier(_frontiers_of_the_slowest),
+    "frontier: over all survivors instead of the sub-group's": [(frontiers, "rows_of", _rows_of_all)],
+    "stalls: outsiders are absent from a sub-group's operation": [(stalls, "_absent_from", _absent_outsiders)],
+    "disputes about a sub-group are not settled": [(decisions, "disputes", _no_dispute)],
+    "members are told of others' sub-groups": [(coordinator, "part_of", _told_everything)],
+    "a sub-group's operations run among all": _member(members_of=_any_group_sees_any_loss),
     "frontier: joiners count from the beginning": _frontier(_frontiers_without_entered),
     "Prepared is not on disk": _coordinator(_begin=_begin_without_persist),
     "Prepare is sent before it is on disk": _coordinator(_begin=_begin_sending_first),

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from collectives.errors import RingholdError, UsageError
+from collectives.membership.claims import lane_of
 from collectives.membership.member import MAIN
-from tests.membership.history import PATIENCE, Spec
+from tests.membership.history import PATIENCE, Spec, Team
 from tests.membership.runner import Call, Quit, Runner, Steps
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ class Program:
         self.history = host.world.history
         self.judge = host.world.judge
         self._runner = Runner(host)
-        self._side_running = False
+        self._running: set[str] = set()
+        """Lanes that another thread is busy with."""
+        self._teams: dict[str, Team] = {}
+        """By the names of their lanes, the sub-groups that this member is in."""
 
     # --- threads ---
 
@@ -30,6 +34,7 @@ class Program:
         host, specs = self.host, self.history.program
         lane = host.core.lane(MAIN)
         issued: tuple[int, tuple[int, ...]] | None = None
+        self._open_teams()
         try:
             while lane.entered < len(specs):
                 seq = lane.entered + 1
@@ -39,6 +44,8 @@ class Program:
                 if deviation in ("absent", "late", "leave"):
                     yield from self._stay_away(deviation)
                 yield from self._side_lane(spec, before_cross=spec.cross)
+                for name, team in self._teams.items():
+                    yield from self._beside(name, team.kinds, team.until[seq - 1], spec.kind == "admit")
                 if issued is None or not spec.batch:
                     issued = self._view(MAIN)
                 if spec.kind == "admit":
@@ -58,7 +65,7 @@ class Program:
                     yield from self._crossing(spec)
                 if halted:
                     issued = None
-            while self._side_running:
+            while self._running:
                 yield
             yield from self._leave_at_the_end()
         except RingholdError as error:
@@ -121,29 +128,54 @@ class Program:
 
     def _side_lane(self, spec: Spec, before_cross: bool) -> Steps:
         """Have the side lane where the main lane's next operation wants it."""
-        lane = self.host.core.lane(SIDE)
-        until = spec.side_until - before_cross
         waits = spec.kind == "admit" or before_cross
-        while self._side_running and (waits or lane.entered < until):
+        yield from self._beside(SIDE, self.history.side, spec.side_until - before_cross, waits)
+
+    def _beside(self, name: str, kinds: list[str], until: int, waits: bool) -> Steps:
+        """Have another lane's operations up to a number under way in a thread, or complete."""
+        lane = self.host.core.lane(name)
+        while name in self._running and (waits or lane.entered < until):
             yield
         if lane.entered < until:
-            self._side_running = True
-            self.host.threads.append(self._side(until))
+            self._running.add(name)
+            self.host.threads.append(self._work(name, kinds, until))
             self.host.poke()
-            while waits and self._side_running:
+            while waits and name in self._running:
                 yield
 
-    def _side(self, until: int) -> Steps:
-        lane = self.host.core.lane(SIDE)
+    def _work(self, name: str, kinds: list[str], until: int) -> Steps:
+        core = self.host.core
+        lane = core.lane(name)
         try:
-            while lane.entered < until:
-                kind = self.history.side[lane.entered]
-                yield from self._runner.run(self._call(kind, "retry", SIDE, self._view(SIDE)))
+            while lane.entered < until and name not in core.refused:
+                yield from self._runner.run(self._call(kinds[lane.entered], "retry", name, self._view(name)))
+            if name in core.refused:
+                self.judge.raised(self.host, name, lane.entered + 1, core.refused[name])
         except RingholdError:
             pass  # the main thread sees it too
         except Quit:
             self.host.give_up()
-        self._side_running = False
+        self._running.discard(name)
+
+    def _open_teams(self) -> None:
+        """As `Communicator.group`, for each sub-group that a founder is in."""
+        core = self.host.core
+        assert core.decision is not None
+        if not any(info.founder for info in core.decision.members if info.member == core.member):
+            return
+        for team in self.history.teams:
+            if max(team.ranks) >= len(core.members):
+                continue
+            members = tuple(core.members[rank] for rank in team.ranks)
+            if core.member not in members:
+                continue
+            if team.misnamed >= 0 and core.members[team.misnamed] == core.member:
+                self.judge.deviates = True
+                members = members[::-1]
+            name = lane_of(team.name, members, MAIN)
+            core.lane(name, members)
+            self.judge.groups[name] = members
+            self._teams[name] = team
 
     def _crossing(self, spec: Spec) -> Steps:
         kind = self.history.side[spec.side_until - 1]
@@ -174,7 +206,7 @@ class Program:
     def _view(self, lane: str) -> tuple[int, tuple[int, ...]]:
         core = self.host.core
         epoch = core.lane(lane).view
-        return epoch, core.past[epoch]
+        return epoch, core.members_of(lane, epoch)
 
     def _call(self, kind: str, on_loss: str, lane: str, view: tuple[int, tuple[int, ...]]) -> Call:
         root = min(view[1]) if kind == "broadcast" else 0

@@ -28,7 +28,7 @@ class Header:
     """As `descriptor.Descriptor`, and what the sender contributes."""
 
     seq: int
-    view: int
+    view: tuple[int, ...]
     kind: str
     root: int
     on_loss: str
@@ -120,7 +120,7 @@ class Runner:
             if core.member not in mesh.ready:
                 yield
                 continue
-            members = core.past[verdict.epoch]
+            members = core.members_of(name, verdict.epoch)
             yield from self.point("verdict")
             yield from self._refuse_if_lost(call, seq, mesh, members)
             attempts += 1
@@ -215,11 +215,13 @@ class Runner:
         return note
 
     def _header(self, call: Call, seq: int) -> Header:
-        return Header(seq, 0 if call.elastic else call.view, call.kind, call.root, call.on_loss, bit=call.bit)
+        return Header(seq, () if call.elastic else call.members, call.kind, call.root, call.on_loss, bit=call.bit)
 
     def _complain(self, mine: Header, theirs: Header, lane: str, epoch: int, other: int) -> None:
         core = self.host.core
-        by_view = mine.view != theirs.view and replace(mine, view=theirs.view) == theirs
+        by_view = (
+            bool(mine.view and theirs.view and mine.view != theirs.view) and replace(mine, view=theirs.view) == theirs
+        )
         lost = theirs.refused or by_view or theirs.seq > mine.seq
         self.judge.count("differs by a loss" if lost else "differs")
         self.host.post(core.complain(Differs(epoch, lane, mine.seq, str(mine), str(theirs), other, lost)))

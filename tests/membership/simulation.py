@@ -71,6 +71,7 @@ def describe(history: History) -> str:
         f"quorum {history.options.quorum}, min_members {history.options.min_members}",
         f"program {program}; side {' '.join(history.side)}",
         f"deviations {history.deviations}",
+        *(f"{team}" for team in history.teams),
         *(f"{fault}" for fault in history.faults),
         "replay: python tests/membership/simulation.py --seed " + str(history.seed),
     ]

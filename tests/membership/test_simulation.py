@@ -45,6 +45,7 @@ TOUCHED = {
     "verdict lost",
     "verdict mismatch",
     "verdict crossed",
+    "verdict disputed",
     "gave up inside an operation",
     # changes
     "change abandoned",
