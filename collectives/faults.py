@@ -27,6 +27,8 @@ class _Armed:
 
 _lock = threading.Lock()
 _armed: list[_Armed] = []
+observers: list[Action] = []
+"""Called with the description of a point that is about to fire."""
 
 
 def arm(point: str, action: Action, kind: str = "all_reduce", skip: int = 0) -> None:
@@ -64,6 +66,8 @@ def probe(kind: str, seq: int) -> Callable[[str], None] | None:
     def passing(point: str) -> None:
         action = _take(point, kind)
         if action is not None:
+            for observer in observers:
+                observer(f"{point} of {kind} {seq}")
             action(f"{point} of {kind} {seq}")
 
     return passing

@@ -28,6 +28,7 @@ from collectives.outcome import Outcome
 from collectives.schedule import Schedule
 from collectives.staging import StagingPool
 from collectives.state import state_hash
+from collectives.trace import Trace
 from collectives.transports.alone import NoTransport
 from collectives.transports.base import Transport, channel_of
 from collectives.transports.part import PartTransport
@@ -102,6 +103,7 @@ class Group(Runner):
         self._engine = Engine(self._pool)
         self._recovered = 0
         self._channels: dict[int, str] = {}
+        self.trace: Trace | None = None
 
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Return the ranks of the attempt that completed the lane's last operation."""
@@ -132,6 +134,8 @@ class Group(Runner):
                 self._session.depart(f"{type(error).__name__} inside {operation.kind} {seq} of lane {operation.lane!r}")
             raise
         finally:
+            if self.trace is not None:
+                self.trace.end(operation.lane)
             with changed:
                 core.exit(operation.lane, seq)
                 core.forget()
@@ -141,6 +145,8 @@ class Group(Runner):
         attempts, last = 0, None
         before = self._fingerprint(operation)
         probe = faults.probe(operation.kind, seq)
+        if self.trace is not None:
+            probe = self.trace.operation(operation, seq, probe)
         if probe:
             probe("enter")
         while True:
@@ -153,6 +159,8 @@ class Group(Runner):
                 break
             view, transport = verdict
             self._refuse_if_lost(operation, seq, view, transport)
+            if self.trace is not None:
+                transport = self.trace.attempt(operation.lane, seq, view, transport)
             attempts += 1
             try:
                 last = None  # free the staging of the attempt before
@@ -331,10 +339,10 @@ def _describe(operation: Operation, seq: int, view: View) -> Descriptor:
         view=0 if operation.elastic else digest_of(operation.view.members),
         kind=operation.kind,
         dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
+        shape=operation.shape,
         op=operation.op,
         root=operation.root,
-        algorithm=operation.label,
+        algorithm=operation.label(view),
         on_loss=operation.on_loss,
     )
 

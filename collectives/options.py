@@ -35,6 +35,8 @@ class Options:
     """If set, an epoch needs more than half of the last one's members."""
     check_inputs: bool = False
     """Debug: hash the input of each operation before and after it, and complain if the caller changed it."""
+    trace: str = ""
+    """Folder to which each member writes a trace of what it does (`collectives.trace`); empty: none."""
     listen: str = "127.0.0.1"
     """Address that this process listens on."""
     advertise: str = ""
