@@ -35,7 +35,12 @@ from collectives.transports.part import PartTransport
 
 
 class Runner(ABC):
-    """Whoever runs operations for a communicator, one at a time on each lane."""
+    """Whoever runs operations for a communicator, one at a time on each lane.
+
+    `trace` is told of every operation; None: nobody is.
+    """
+
+    trace: Trace | None = None
 
     @abstractmethod
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
@@ -103,7 +108,6 @@ class Group(Runner):
         self._engine = Engine(self._pool)
         self._recovered = 0
         self._channels: dict[int, str] = {}
-        self.trace: Trace | None = None
 
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Return the ranks of the attempt that completed the lane's last operation."""

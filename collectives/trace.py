@@ -1,11 +1,12 @@
 """A trace of what a member does, for chrome://tracing and https://ui.perfetto.dev (option `trace`, RINGHOLD_TRACE).
 
 One file a member, in the JSON array of the Trace Event Format: the member is the process, a lane is a thread, an
-operation is a span with its phases (agree, move, confirm, copy out; recover after a loss) and the hops inside them, with
-arrows from sender to receiver; epochs, fences and injected faults are instants. `ringhold trace merge` joins the files.
+operation is a span with its phases (agree, move, confirm, copy out; recover after a loss) and the hops inside them,
+with arrows from sender to receiver; epochs, fences and injected faults are instants. `ringhold trace merge` joins the
+files.
 
-`Group` calls `operation`, `attempt` and `end`; where the option is not set it holds no `Trace`, and nothing is measured.
-What an operation did is written when it ends, in one write, so that a killed member leaves all but its last one.
+`Group` calls `operation`, `attempt` and `end`; without the option it holds no `Trace`, and nothing is measured. What an
+operation did is written when it ends, in one write, so that a killed member leaves all but its last one.
 """
 
 import json
