@@ -42,6 +42,7 @@ from collectives.point_to_point import PointToPoint
 from collectives.step import Step
 from collectives.subgroup import SubGroup, check_members
 from collectives.sync import SyncReport, sync
+from collectives.trace import Trace
 
 
 class Communicator(Collectives, PointToPoint):
@@ -125,6 +126,9 @@ class Communicator(Collectives, PointToPoint):
         session.start()
         try:
             comm._await_first_epoch(chosen.join_timeout)
+            if chosen.trace:
+                group.trace = Trace(chosen.trace, run, session.core.member)
+                comm.on_event(group.trace.event)
         except BaseException:
             comm.close()
             raise
@@ -155,6 +159,8 @@ class Communicator(Collectives, PointToPoint):
             self._session.fail(UsageError("this communicator was closed; join again"))
             self._epochs.close()
         self._lanes.close()
+        if self._runner.trace is not None:
+            self._runner.trace.close()
 
     def __enter__(self) -> Self:
         return self
