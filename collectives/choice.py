@@ -22,11 +22,14 @@ from collectives.algorithms import (
     pairwise,
     ring,
 )
+from collectives.cost import Profile, estimate, profile_of
 from collectives.errors import UsageError
 from collectives.schedule import Schedule
 
-SMALL_BYTES = 64 * 1024
-"""All-reduces of up to this many bytes use recursive doubling: few rounds matter more there than few bytes."""
+_EXACT = 64
+"""In worlds of up to this size all algorithms are estimated and may be chosen, in larger ones those that `scale`."""
+_EQUAL = 1.05
+"""Algorithms whose estimates differ by no more than this factor are about as good."""
 
 
 class _Entry(NamedTuple):
@@ -34,58 +37,60 @@ class _Entry(NamedTuple):
 
     make: Callable[..., Schedule]
     takes: frozenset[str]
+    scales: bool
+    """Whether steps and rows are few enough to be looked through in a world of thousands."""
 
 
-def _entry(make: Callable[..., Schedule], *takes: str) -> _Entry:
-    return _Entry(make, frozenset(takes))
+def _entry(make: Callable[..., Schedule], *takes: str, scales: bool = False) -> _Entry:
+    return _Entry(make, frozenset(takes), scales)
 
 
 _TABLE: dict[str, dict[str, _Entry]] = {
     "all_reduce": {
         "ring": _entry(ring.all_reduce, "finish", "order"),
         "bidirectional": _entry(bidirectional.all_reduce, "finish", "order"),
-        "doubling": _entry(doubling.all_reduce, "finish"),
-        "halving_doubling": _entry(halving_doubling.all_reduce, "finish"),
-        "double_tree": _entry(double_tree.all_reduce, "finish"),
+        "doubling": _entry(doubling.all_reduce, "finish", scales=True),
+        "halving_doubling": _entry(halving_doubling.all_reduce, "finish", scales=True),
+        "double_tree": _entry(double_tree.all_reduce, "finish", scales=True),
         "direct": _entry(direct.all_reduce, "finish"),
-        "hierarchical": _entry(hierarchical.all_reduce, "finish", "hosts"),
+        "hierarchical": _entry(hierarchical.all_reduce, "finish", "hosts", scales=True),
     },
     "reduce_scatter": {
         "ring": _entry(ring.reduce_scatter, "finish", "counts", "order"),
         "bidirectional": _entry(bidirectional.reduce_scatter, "finish", "counts", "order"),
-        "halving_doubling": _entry(halving_doubling.reduce_scatter, "finish", "counts"),
+        "halving_doubling": _entry(halving_doubling.reduce_scatter, "finish", "counts", scales=True),
         "direct": _entry(direct.reduce_scatter, "finish", "counts"),
         "hierarchical": _entry(hierarchical.reduce_scatter, "finish", "counts", "hosts"),
     },
     "all_gather": {
         "ring": _entry(ring.all_gather, "counts", "order"),
         "bidirectional": _entry(bidirectional.all_gather, "counts", "order"),
-        "halving_doubling": _entry(halving_doubling.all_gather, "counts"),
+        "halving_doubling": _entry(halving_doubling.all_gather, "counts", scales=True),
         "direct": _entry(direct.all_gather, "counts"),
         "hierarchical": _entry(hierarchical.all_gather, "counts", "hosts"),
     },
     "broadcast": {
         "ring": _entry(ring.broadcast, "root", "order"),
         "bidirectional": _entry(bidirectional.broadcast, "root", "order"),
-        "double_tree": _entry(double_tree.broadcast, "root"),
+        "double_tree": _entry(double_tree.broadcast, "root", scales=True),
         "direct": _entry(direct.broadcast, "root"),
-        "binomial": _entry(binomial.broadcast, "root"),
-        "flat": _entry(flat.broadcast, "root"),
-        "hierarchical": _entry(hierarchical.broadcast, "root", "hosts"),
+        "binomial": _entry(binomial.broadcast, "root", scales=True),
+        "flat": _entry(flat.broadcast, "root", scales=True),
+        "hierarchical": _entry(hierarchical.broadcast, "root", "hosts", scales=True),
     },
     "reduce": {
-        "double_tree": _entry(double_tree.reduce, "finish", "root"),
+        "double_tree": _entry(double_tree.reduce, "finish", "root", scales=True),
         "direct": _entry(direct.reduce, "finish", "root"),
-        "binomial": _entry(binomial.reduce, "finish", "root"),
-        "flat": _entry(flat.reduce, "finish", "root"),
+        "binomial": _entry(binomial.reduce, "finish", "root", scales=True),
+        "flat": _entry(flat.reduce, "finish", "root", scales=True),
     },
     "gather": {
-        "flat": _entry(flat.gather, "root", "counts"),
-        "binomial": _entry(binomial.gather, "root", "counts"),
+        "flat": _entry(flat.gather, "root", "counts", scales=True),
+        "binomial": _entry(binomial.gather, "root", "counts", scales=True),
     },
     "scatter": {
-        "flat": _entry(flat.scatter, "root", "counts"),
-        "binomial": _entry(binomial.scatter, "root", "counts"),
+        "flat": _entry(flat.scatter, "root", "counts", scales=True),
+        "binomial": _entry(binomial.scatter, "root", "counts", scales=True),
     },
     "all_to_all": {
         "pairwise": _entry(pairwise.all_to_all, "counts"),
@@ -163,17 +168,64 @@ def build(
     return entry.make(world, count, **{name: given[name] for name in sorted(entry.takes)})
 
 
-@functools.lru_cache(maxsize=1024)
-def choose(kind: str, world: int, nbytes: int) -> str:
+def choose(
+    kind: str,
+    world: int,
+    nbytes: int,
+    *,
+    profile: Profile | str = "gloo",
+    hosts: Sequence[int] | None = None,
+) -> str:
     """Name the algorithm for a work buffer of `nbytes` bytes; follows from the arguments alone (rule R8).
 
+    The algorithm is the one with the least estimate (`collectives.cost`) for the next power of two of bytes; of some
+    that are about as good, the one that the profile favours, else the one that is first in `names`. In worlds of more
+    than 64 ranks only algorithms of few steps and messages are considered; there an all-to-all is judged by what is
+    best for blocks of that size among 64 ranks.
+
+    Args:
+        kind: see `names`.
+        world: number of ranks.
+        nbytes: bytes of the whole work buffer; see `build`.
+        profile: of the transport, or the transport's name. The same on all ranks.
+        hosts: the number of each rank's host; None: all on one.
+
     Raises:
-        UsageError: there is no such kind.
+        UsageError: there is no such kind, or `hosts` does not have one number a rank.
 
     """
-    if kind == "all_reduce" and nbytes <= SMALL_BYTES:
-        return "doubling"
-    return names(kind)[0]
+    if isinstance(profile, str):
+        profile = profile_of(profile)
+    if kind == "all_to_all" and world > _EXACT:
+        nbytes, world, hosts = nbytes * _EXACT * _EXACT // (world * world), _EXACT, None
+    return _chosen(kind, world, 1 << max(0, nbytes - 1).bit_length(), profile, _frozen(hosts))
+
+
+def predict(
+    kind: str, algorithm: str, world: int, nbytes: int, profile: Profile, hosts: Sequence[int] | None = None
+) -> float:
+    """Estimate the seconds that an algorithm takes for a work buffer of `nbytes` bytes; see `collectives.cost`.
+
+    Raises:
+        UsageError: as `build`.
+
+    """
+    count = -(-nbytes // world**2) * world**2 if kind == "all_to_all" else nbytes
+    return estimate(build(kind, algorithm, world, count, hosts=hosts), profile, hosts=hosts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(kind: str, world: int, nbytes: int, profile: Profile, hosts: tuple[int, ...] | None) -> str:
+    able = [
+        name
+        for name, entry in _algorithms(kind).items()
+        if (entry.scales or world <= _EXACT) and ("hosts" not in entry.takes or (hosts and 1 < len(set(hosts)) < world))
+    ] or [names(kind)[0]]
+    if len(able) == 1 or world == 1:
+        return able[0]
+    cost = {name: predict(kind, name, world, nbytes, profile, hosts) for name in able}
+    good = [name for name in able if cost[name] <= _EQUAL * min(cost.values())]
+    return next((name for name in profile.favours if name in good), good[0])
 
 
 def _algorithms(kind: str) -> dict[str, _Entry]:
