@@ -28,7 +28,7 @@ from collectives.outcome import Outcome
 from collectives.schedule import Schedule
 from collectives.staging import StagingPool
 from collectives.state import state_hash
-from collectives.trace import Trace
+from collectives.trace import Trace, profiled
 from collectives.transports.alone import NoTransport
 from collectives.transports.base import Transport, channel_of
 from collectives.transports.part import PartTransport
@@ -129,7 +129,8 @@ class Group(Runner):
                 raise core.error
             seq = operation.seq = core.enter(operation.lane, operation.kind)
         try:
-            return self._settle(operation, seq)
+            with profiled(operation.kind):
+                return self._settle(operation, seq)
         except (MemberLost, DescriptorMismatch, CrossedWaits):
             raise  # the verdict of all
         except BaseException as error:

@@ -14,8 +14,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.profiler import record_function
 
 from collectives import faults
 from collectives.errors import UsageError
@@ -25,6 +29,7 @@ from collectives.transports.traced import TracedTransport, now
 
 _PHASES = {"begin": "agree", "end": "move", "confirmed": "confirm", "copied": "copy out"}
 """The fault point that ends each phase."""
+_UNSEEN = nullcontext()
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -174,6 +179,11 @@ class Passage:
     def _phase(self, name: str, about: dict[str, Any]) -> None:
         self.span(name, self._last, about)
         self._last = now()
+
+
+def profiled(kind: str) -> AbstractContextManager[object]:
+    """Return a context in which torch.profiler sees an operation; without a profiler it is one that does nothing."""
+    return record_function(f"ringhold::{kind}") if torch.autograd._profiler_enabled() else _UNSEEN
 
 
 def _boot() -> str:
