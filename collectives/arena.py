@@ -1,9 +1,10 @@
 """Memory that the members of one host can map: registered buffers, which a peer's reduction reads in place.
 
-`Communicator.empty` takes tensors from it; the shared-memory transport tells peers where in it data are. One sparse file
-without a name a process; pages exist once they are touched, and go when the tensor goes.
+`Communicator.empty` takes tensors from it; the shared-memory transport tells peers where in it data are. A process has
+one sparse file without a name; pages exist once they are touched, and go when the tensor goes.
 """
 
+import functools
 import mmap
 import os
 import threading
@@ -69,12 +70,22 @@ class Arena:
             insort(self._free, (start, stop))
 
 
+@functools.lru_cache(maxsize=1)
+def process_arena() -> Arena:
+    """The arena of this process."""
+    return Arena()
+
+
+os.register_at_fork(after_in_child=process_arena.cache_clear)  # the parent's goes on to be the parent's
+
+
 class MappedArena:
     """Another member's arena, to read from. The `descriptor` may be closed after."""
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, CAPACITY, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._bytes = torch.utils.dlpack.from_dlpack(np.frombuffer(self._memory, dtype=np.uint8))  # which takes read-only memory
+        data = np.frombuffer(self._memory, dtype=np.uint8)
+        self._bytes = torch.utils.dlpack.from_dlpack(data)  # which takes read-only memory without complaint
 
     def view(self, start: int, like: Tensor) -> Tensor:
         """The owner's data at `start`, as many of the same dtype as `like`, without a copy. Writing would fault."""

@@ -121,6 +121,8 @@ class Engine:
             probe("begin")
         for instruction in program.instructions[opening:]:
             instruction.run(machine)
+        for pending in machine.borrowed:
+            pending.verify()
         if probe is not None:
             probe("end")
 

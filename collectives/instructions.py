@@ -56,6 +56,8 @@ class Machine:
         self.probe = probe
         self.receiving: dict[int, Pending] = {}
         self.sending: dict[int, Pending] = {}
+        self.borrowed: list[Pending] = []
+        self._borrowed: dict[Where, Tensor] = {}
         self._memories = (source, staging, scratch)
         self._item = staging.element_size()
         nothing = memoryview(b"")
@@ -67,6 +69,8 @@ class Machine:
 
     def tensor(self, where: Where) -> Tensor:
         """The elements there."""
+        if self._borrowed and (borrowed := self._borrowed.pop(where, None)) is not None:
+            return borrowed
         memory, start, stop = where
         return self._memories[memory][start:stop]
 
@@ -74,6 +78,14 @@ class Machine:
         """The bytes there; not of a caller's tensor that has another dtype than staging."""
         memory, start, stop = where
         return self._bytes[memory][start * self._item : stop * self._item]
+
+    def borrow(self, number: int, where: Where) -> None:
+        """Take what a receive brings in place of `where`, the next time that is looked at."""
+        pending = self.receiving.pop(number)
+        found = pending.borrow()
+        if found is not None:
+            self._borrowed[where] = found
+            self.borrowed.append(pending)
 
     def passed(self, point: str) -> None:
         """Call the probe, if there is one."""
@@ -120,6 +132,18 @@ class AwaitReceive(NamedTuple):
     def run(self, machine: Machine) -> None:
         """See Instruction."""
         machine.receiving.pop(self.number).wait()
+        machine.passed("transfer")
+
+
+class BorrowReceive(NamedTuple):
+    """Wait until what is to be reduced has arrived, or can be read where its owner has it."""
+
+    number: int
+    into: Where
+
+    def run(self, machine: Machine) -> None:
+        """See Instruction."""
+        machine.borrow(self.number, self.into)
         machine.passed("transfer")
 
 

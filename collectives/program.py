@@ -23,6 +23,7 @@ from collectives.instructions import (
     STAGING,
     AwaitReceive,
     AwaitSend,
+    BorrowReceive,
     Instruction,
     Lend,
     PostReceive,
@@ -35,7 +36,7 @@ from collectives.plan import NEVER_USED, START, Cutting, Plan
 from collectives.schedule import Schedule
 
 
-WAITING = (AwaitReceive, AwaitSend, TakeNote, TakePack)
+WAITING = (AwaitReceive, AwaitSend, BorrowReceive, TakeNote, TakePack)
 """Instructions that end only when a peer has done something."""
 
 
@@ -138,7 +139,8 @@ class _Order:
     def _arrive(self, index: int) -> None:
         receive = self._plan.receives[index]
         if not receive.inline:
-            self._add(AwaitReceive(index))
+            folded = self._plan.cutting.lend and self._unfolded[index]
+            self._add(BorrowReceive(index, receive.into[0]) if folded else AwaitReceive(index), index)
             return
         self._await_sends(receive.landing_waits)
         if len(receive.into) > 1:

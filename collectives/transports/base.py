@@ -42,6 +42,17 @@ class Pending(ABC):
 
         """
 
+    def borrow(self) -> Tensor | None:
+        """Wait as `wait` does, for a receive; where its data can be read in place, return them instead of copying.
+
+        They stay there while the operation is under way. Call `verify` after the last look at them.
+        """
+        self.wait()
+        return None
+
+    def verify(self) -> None:  # noqa: B027 - copies need none
+        """Raise TransportLost unless what `borrow` returned has been the same all the time (rule R10)."""
+
 
 class Done(Pending):
     """An operation that was over when it was posted."""
@@ -69,7 +80,7 @@ class Transport(ABC):
     lends: bool = False
     """Receivers fetch the data themselves and when they like, so that `lend` and early sends are possible."""
 
-    @classmethod
+    @classmethod  # noqa: B027 - most need nothing
     def prepare(cls) -> None:
         """Get this process ready for such transports; called when it joins a run, before anything else.
 

@@ -29,7 +29,9 @@ _LONGEST = _Timespec(1, 0)
 def _system_call() -> tuple[Callable[..., int], int]:
     number = _NUMBERS.get(platform.machine())
     if number is None or platform.system() != "Linux":
-        raise Unsupported(f"futexes are Linux's on {', '.join(_NUMBERS)}; use another transport on {platform.platform()}")
+        raise Unsupported(
+            f"futexes are Linux's on {', '.join(_NUMBERS)}; use another transport on {platform.platform()}"
+        )
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
     word, number_type = ctypes.c_void_p, ctypes.c_long
@@ -38,7 +40,10 @@ def _system_call() -> tuple[Callable[..., int], int]:
 
 
 class Doorbell:
-    """The 32-bit word at the beginning of `memory`, at `address`, in memory that processes share. `count[0]` is how often it was rung, modulo 2^32."""
+    """The 32-bit word at the beginning of `memory`, which processes share and which lies at `address`.
+
+    `count[0]` is how often it was rung, modulo 2^32.
+    """
 
     __slots__ = ("_address", "_call", "_longest", "_number", "count")
 

@@ -41,7 +41,7 @@ def hand_over(
     try:
         for peer, sock in sockets.items():
             if sock.family != socket.AF_UNIX:
-                raise TransportLost(f"rank {peer} is not on this host, and shared memory is; use another transport", peer)
+                raise TransportLost(f"rank {peer} is not on this host: its memory cannot be shared", peer)
             socket.send_fds(sock, [_GREETING], descriptors)
         poll = select.poll()
         poll.register(wake, select.POLLIN)

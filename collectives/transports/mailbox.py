@@ -7,9 +7,9 @@ Used by the shared-memory transport, one `Segment` a member and epoch. A segment
 - for each other member a ring of frames to it, with the count of bytes written;
 - for each other member how far the owner has read *that member's* ring to it.
 
-A frame is a header (length u32, channel u32, CRC-32 u32, kind u8) and the payload, padded to 16 bytes. The CRC is seeded with the
-place in the stream, so that a frame is whole or not there: on machines that reorder stores a reader may see the count
-before the bytes; it looks again at the next ring of its bell, and nothing torn or old gets out.
+A frame is a header (length u32, channel u32, CRC-32 u32, kind u8) and the payload, padded to 16 bytes. The CRC is
+seeded with the place in the stream, so that a frame is whole or not there: on machines that reorder stores a reader may
+see the count before the bytes; it looks again at the next ring of its bell, and nothing torn or old gets out.
 """
 
 import mmap

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from collectives.arena import Arena, MappedArena
+from collectives.arena import MappedArena, process_arena
 from collectives.errors import OperationTimeout, ProtocolError, TransportLost
+from collectives.staging import copy_out
 from collectives.transports.base import Pending, Transport
 from collectives.transports.handover import Handed, close_all
 from collectives.transports.links import PeerLinks
@@ -30,7 +31,7 @@ SEGMENT_BYTES = 2**20
 _NOTE, _OFFER, _ACK, _HELLO = range(4)
 """Kinds of frames."""
 _Offer = struct.Struct("<QQ??")
-"""Address, or offset in the arena; bytes; whether it is in the arena; whether the owner waits to hear that it was read."""
+"""Address, or offset in the arena; bytes; whether it is in the arena; whether its owner waits until it is read."""
 _CLOSE_SECONDS = 0.5
 
 _Key = tuple[int, int, int]
@@ -74,13 +75,17 @@ class _Sent(Pending):
 class _Receive(Pending):
     """A bulk receive: read when it is waited for."""
 
-    __slots__ = ("_channel", "_into", "_peer", "_transport")
-
     def __init__(self, transport: "ShmTransport", peer: int, channel: int, into: Tensor) -> None:
         self._transport, self._peer, self._channel, self._into = transport, peer, channel, into
 
     def wait(self) -> None:
         self._transport.read(self._peer, self._channel, self._into)
+
+    def borrow(self) -> Tensor | None:
+        return self._transport.read(self._peer, self._channel, self._into, borrow=True)
+
+    def verify(self) -> None:
+        self._transport.verify(self._peer)
 
 
 class ShmTransport(Transport):
@@ -89,7 +94,6 @@ class ShmTransport(Transport):
     Args:
         listener, rank, addresses, key, epoch, nonce: as `PeerLinks`.
         hostname: not used.
-        arena: this process' registered memory; None: one that nobody has anything in.
 
     """
 
@@ -104,15 +108,13 @@ class ShmTransport(Transport):
         key: bytes,
         epoch: int,
         nonce: bytes,
-        *,
         hostname: str = "",
-        arena: Arena | None = None,
     ) -> None:
         del hostname
         self.rank = rank
         self.size = len(addresses)
         self._epoch, self._nonce = epoch, nonce
-        self._arena = arena or Arena()
+        self._arena = process_arena()
         self._links = PeerLinks(listener, rank, addresses, key, epoch, nonce)
         self._lock = threading.Lock()
         self._arrived: defaultdict[_Key, deque[bytes]] = defaultdict(deque)
@@ -146,12 +148,12 @@ class ShmTransport(Transport):
         with self._lock:
             self._peers = peers
             self._refuse()
-        for peer in peers:
-            self._tell(peer, _HELLO, 0, struct.pack("?", peers[peer].memory.may_read()))
+        for peer, other in peers.items():
+            self._tell(peer, _HELLO, 0, struct.pack("?", other.memory.may_read()))
         self._watcher = threading.Thread(target=self._watch, name="ringhold-watch", daemon=True)
         self._watcher.start()
-        for peer in peers:
-            peers[peer].reads_us = struct.unpack("?", self.take(peer, _HELLO, 0, timeout))[0]
+        for peer, other in peers.items():
+            other.reads_us = struct.unpack("?", self.take(peer, _HELLO, 0, timeout))[0]
 
     def send(self, peer: int, data: Tensor, channel: int) -> Pending:
         """Publish where the data are; see `Transport.send`."""
@@ -242,8 +244,8 @@ class ShmTransport(Transport):
             with self._lock:
                 self._inside -= 1
 
-    def read(self, peer: int, channel: int, into: Tensor) -> None:
-        """Copy what `peer` offers next on `channel` to `into`.
+    def read(self, peer: int, channel: int, into: Tensor, borrow: bool = False) -> Tensor | None:
+        """Copy what `peer` offers next on `channel` to `into`; to `borrow` it, return it in place where that can be.
 
         Raises:
             TransportLost: the peer is dead, or its memory means something else by now: its epoch is over.
@@ -254,18 +256,30 @@ class ShmTransport(Transport):
         if count != into.nbytes:
             raise ProtocolError(f"rank {peer} sent {count} bytes where {into.nbytes} were due")
         other = self._peers[peer]
-        try:
-            if registered:
-                into.copy_(other.arena.view(address, into))
-                good = other.segment.is_valid(other.word)
-            else:
+        if registered:
+            data = other.arena.view(address, into)
+            if borrow and not acknowledge:
+                return data
+            copy_out(data, into)
+            self.verify(peer)
+        else:
+            try:
                 good = other.memory.read(address, into.data_ptr(), count)
-        except OSError as error:
-            raise TransportLost(f"the memory of rank {peer} cannot be read: {error.strerror}", peer) from None
-        if not good:
-            raise TransportLost(f"rank {peer} has given this epoch up")
+            except OSError as error:
+                raise TransportLost(f"the memory of rank {peer} cannot be read: {error.strerror}", peer) from None
+            if not good:
+                raise TransportLost(f"rank {peer} has given this epoch up")
         if acknowledge:
             self._tell(peer, _ACK, channel, b"")
+        return None
+
+    def verify(self, peer: int) -> None:
+        """Raise TransportLost unless the memory of `peer` still means what it said."""
+        with self._lock:
+            self._refuse()
+            other = self._peers[peer]
+            if not other.segment.is_valid(other.word):
+                raise TransportLost(f"rank {peer} has given this epoch up")
 
     def _offer(self, peer: int, data: Tensor, channel: int, awaited: bool) -> None:
         other = self._peers[peer]
