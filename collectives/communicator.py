@@ -102,6 +102,7 @@ class Communicator(Collectives, PointToPoint):
             chosen,
             on_ready=lambda epoch: comm._ready(epoch),
             on_failure=lambda epoch, peer: comm._link_failed(epoch, peer),
+            on_refusal=lambda: comm._wake(),
         )
         try:
             session = Session(
@@ -364,10 +365,13 @@ class Communicator(Collectives, PointToPoint):
         self._epochs.advance(decision, self._session.core.member)
 
     def _ready(self, epoch: int) -> None:
+        self._wake()
+        self._tell({"event": "ready", "time": time.time(), "epoch": epoch})
+
+    def _wake(self) -> None:
         assert self._session is not None
         with self._session.changed:
             self._session.changed.notify_all()
-        self._tell({"event": "ready", "time": time.time(), "epoch": epoch})
 
     def _link_failed(self, epoch: int, peer: int) -> None:
         assert self._session is not None

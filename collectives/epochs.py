@@ -8,20 +8,25 @@ import logging
 import threading
 from collections.abc import Callable
 
-from collectives.errors import OptionError, TransportLost
+from collectives.errors import OptionError, TransportLost, Unsupported
 from collectives.membership.protocol import Decision
 from collectives.options import Options
 from collectives.transports.base import Transport
 from collectives.transports.gloo import GlooTransport
 from collectives.transports.handshake import link_key
 from collectives.transports.mesh import LinkListener
+from collectives.transports.mpi import MpiTransport
 from collectives.transports.sockets import SocketTransport
 
 log = logging.getLogger("ringhold.member")
 
-Built = GlooTransport | SocketTransport
+Built = GlooTransport | SocketTransport | MpiTransport
 
-TRANSPORTS: dict[str, type[GlooTransport] | type[SocketTransport]] = {"gloo": GlooTransport, "sockets": SocketTransport}
+TRANSPORTS: dict[str, type[GlooTransport] | type[SocketTransport] | type[MpiTransport]] = {
+    "gloo": GlooTransport,
+    "sockets": SocketTransport,
+    "mpi": MpiTransport,
+}
 """Names that `Communicator.join(transport=...)` knows."""
 
 
@@ -34,6 +39,7 @@ class Epochs:
         options: where to listen, how long connecting may take.
         on_ready: called with the epoch when its transport is there.
         on_failure: called with (epoch, member id at the other end or 0) when it could not be built.
+        on_refusal: called when `transport` has begun to raise.
 
     """
 
@@ -46,20 +52,23 @@ class Epochs:
         *,
         on_ready: Callable[[int], None],
         on_failure: Callable[[int, int], None],
+        on_refusal: Callable[[], None],
     ) -> None:
         if kind not in TRANSPORTS:
             raise OptionError(f"unknown transport {kind!r}; there are {', '.join(sorted(TRANSPORTS))}")
+        TRANSPORTS[kind].prepare()
         self._kind = kind
         self._key = link_key(token, run)
         self._options = options
         self._listener = LinkListener(options.listen)
-        self._on_ready, self._on_failure = on_ready, on_failure
+        self._on_ready, self._on_failure, self._on_refusal = on_ready, on_failure, on_refusal
         self._lock = threading.Lock()
         self._next: tuple[Decision, int] | None = None
         self._wake = threading.Condition(self._lock)
         self._building: Built | None = None
         self._abandoned = False
         self._current: tuple[int, Built] | None = None
+        self._refusal: tuple[int, Unsupported] | None = None
         self._closed = False
         self._old: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._work, name="ringhold-epochs", daemon=True)
@@ -71,8 +80,15 @@ class Epochs:
         return self._options.advertise or self._options.listen, self._listener.address[1]
 
     def transport(self, epoch: int) -> Transport | None:
-        """Return the transport of that epoch if it is ready."""
+        """Return the transport of that epoch if it is ready.
+
+        Raises:
+            Unsupported: there can be none; as of this epoch this member can do nothing.
+
+        """
         with self._lock:
+            if self._refusal is not None and self._refusal[0] == epoch:
+                raise self._refusal[1]
             return self._current[1] if self._current and self._current[0] == epoch else None
 
     def fence(self) -> None:
@@ -120,22 +136,26 @@ class Epochs:
 
     def _build(self, decision: Decision, member: int) -> None:
         transport: Built | None = None
-        failure: TransportLost | OSError | None = None
+        failure: TransportLost | OSError | Unsupported | None = None
         try:
             transport = self._make(decision, member)
             transport.connect(self._options.op_timeout)
-        except (TransportLost, OSError) as error:  # OSError: no descriptor left, for one
+        except (TransportLost, OSError, Unsupported) as error:  # OSError: no descriptor left, for one
             failure = error.with_traceback(None)  # which would keep gloo's objects alive, in a circle with `failure`
         with self._lock:
             self._building, abandoned = None, self._abandoned
             if failure is None and transport is not None:
                 self._current = (decision.epoch, transport)
+            if isinstance(failure, Unsupported):
+                self._refusal = (decision.epoch, failure)
         if failure is None:
             self._on_ready(decision.epoch)
             return
         if transport is not None:
             self._retire(transport)
-        if not abandoned:
+        if isinstance(failure, Unsupported):
+            self._on_refusal()
+        elif not abandoned:
             log.warning("epoch %d could not be built: %s", decision.epoch, failure)
             peer = failure.peer if isinstance(failure, TransportLost) else None
             self._on_failure(decision.epoch, 0 if peer is None else decision.members[peer].member)

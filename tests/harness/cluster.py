@@ -149,6 +149,8 @@ class Process:
         self._unread = b""
         self._events: list[dict[str, Any]] = []
         self._eof = self._ended = False
+        self.killed = False
+        """Whether the test has sent it SIGKILL."""
         self._ending: Ending | None = None
 
     def __repr__(self) -> str:
@@ -181,7 +183,7 @@ class Process:
             while not self._eof and not any(one["event"] == "ended" for one in self._events):
                 assert self._read(deadline) or self._eof, f"{self} did not end in {timeout} s, {self._story()}"
             said = next((one for one in self._events if one["event"] == "ended"), None)
-            status = zygote().status(self._child, max(1.0, deadline - time.monotonic()))
+            status = self.status(max(1.0, deadline - time.monotonic()))
             if said is None:
                 assert status < 0, f"{self} ended with exit code {status} and no word, {self._story()}"
                 self._ending = Ending(signal=-status)
@@ -199,14 +201,19 @@ class Process:
         )
         return ending.value
 
+    def status(self, timeout: float) -> int:
+        """Wait for the end of the process: its exit code, or the signal that ended it as a negative number."""
+        return zygote().status(self._child, timeout)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal. Raises `ProcessLookupError` if the process is gone."""
+        self.killed |= number == signal.SIGKILL
         signal.pidfd_send_signal(self._child.handle, number)
 
     def kill(self) -> None:
         """End it by SIGKILL, and wait until it is gone."""
         self.signal(signal.SIGKILL)
-        zygote().status(self._child, PATIENCE)
+        self.status(PATIENCE)
 
     def stop(self) -> None:
         """Stop it by SIGSTOP, and wait until it has stopped."""
@@ -227,7 +234,7 @@ class Process:
         self._ended = True
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
-        zygote().status(self._child, PATIENCE)
+        self.status(PATIENCE)
         os.close(self._child.handle)
         self._line.close()
 

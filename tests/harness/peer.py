@@ -108,14 +108,22 @@ class _Defects(logging.Handler):
         self.texts.append(f"thread {args.thread.name if args.thread else '?'}: {text}")
 
 
-def serve(program: str, name: str, setting: dict[str, Any], given: dict[str, Any], line: socket.socket) -> NoReturn:
-    """Run a program, report how it ended, and end this process."""
+def serve(
+    program: str,
+    name: str,
+    setting: dict[str, Any],
+    given: dict[str, Any],
+    line: socket.socket,
+    finalize: bool = False,
+) -> NoReturn:
+    """Run a program, report how it ended, and end this process; `finalize` is where `Peer.finalize` begins."""
     defects = _Defects()
     logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(threadName)s %(message)s", stream=sys.stderr)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger().addHandler(defects)
     threading.excepthook = defects.hook
     peer = Peer(name, setting, line)
+    peer.finalize = finalize
     ending: dict[str, Any] = {}
     try:
         ending["value"] = resolve(program)(peer, **given)

@@ -35,11 +35,13 @@ def reside(peer: Peer) -> None:
 
 
 class Residents:
-    """`size` peers in a cluster of their own; a context manager."""
+    """`size` peers in a cluster of their own, made by `cluster`; a context manager."""
 
-    def __init__(self, size: int, *, transport: str = "", **options: Any) -> None:
+    def __init__(
+        self, size: int, *, transport: str = "", cluster: Callable[..., Cluster] = Cluster, **options: Any
+    ) -> None:
         self.size = size
-        self.cluster = Cluster(transport=transport, founders=size, **options)
+        self.cluster = cluster(transport=transport, founders=size, **options)
         joining = self.cluster.peers(reside, size)
         self.ranked: list[Process] = sorted(joining, key=lambda process: process.expect("joined")["rank"])
 

@@ -1,0 +1,133 @@
+"""This process's part in MPI: the library, started on demand, and who we are in it. Used by `mpi` alone.
+
+MPI lives as long as the process, transports live for an epoch. So what outlasts an epoch is here: the tags that were
+given out, and the transfers that an aborted epoch left behind (`mpi_leftovers`).
+
+All traffic is point to point on COMM_WORLD, with tags from the upper half of their range: making a communicator is a
+collective, which a rank that is dead or stopped would hang. A program that uses mpi4py itself beside this package keeps
+to lower tags, and does not receive from any source with any tag on COMM_WORLD.
+"""
+
+import atexit
+import contextlib
+import itertools
+import os
+import secrets
+import threading
+from typing import TYPE_CHECKING, Any
+
+from collectives.errors import Unsupported
+from collectives.transports.mpi_leftovers import Leftovers
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+_FINALIZE_SECONDS = 5.0
+INSTALL = 'pip install "ringhold[mpi]" (mpi4py and Open MPI 5)'
+
+
+class World:
+    """The MPI job that this process belongs to. Make it with `enter`.
+
+    Attributes:
+        rank: ours in the job.
+        job: name of the job, the same in all its processes and in no others.
+        recovers: whether the library lets survivors go on after a death.
+        guard: held around each call of MPI; a real lock only where the library wants calls one at a time.
+        leftovers: transfers of former epochs that are not over.
+        failure: of the library: what its calls raise.
+
+    """
+
+    def __init__(self) -> None:
+        mpi = _import()
+        level = _start(mpi)
+        if level < mpi.THREAD_SERIALIZED:
+            raise Unsupported(
+                "the transport mpi calls MPI from several threads, and this library was started without leave for "
+                "that; let Ringhold start it, or start it with MPI.Init_thread(MPI.THREAD_MULTIPLE)"
+            )
+        self.mpi = mpi
+        self.comm: Intracomm = mpi.COMM_WORLD
+        self.comm.Set_errhandler(mpi.ERRORS_RETURN)
+        self.rank = self.comm.Get_rank()
+        self.library = f"{mpi.get_vendor()[0]} {'.'.join(map(str, mpi.get_vendor()[1]))}"
+        self.recovers = self.library.startswith("Open MPI")
+        self.job = self._name_job()
+        self.guard: contextlib.AbstractContextManager[Any] = (
+            contextlib.nullcontext() if level == mpi.THREAD_MULTIPLE else threading.Lock()
+        )
+        self.failure = mpi.Exception
+        self.leftovers = Leftovers(self)
+        largest = self.comm.Get_attr(mpi.TAG_UB)
+        self._tags = itertools.cycle(range(largest // 2, largest))
+        self._met: dict[bytes, set[int]] = {}
+
+    def new_tag(self) -> int:
+        """Return a tag that this process has not sent with before (or hundreds of millions of streams ago)."""
+        return next(self._tags)
+
+    def missing(self, run: bytes, present: set[int]) -> set[int]:
+        """Take note of the ranks of the job that are in a run; return those that were in it and are not now."""
+        met = self._met.setdefault(run, set())
+        met |= present
+        return met - present
+
+    def memory(self, address: int, count: int) -> list[Any]:
+        """Describe so many bytes at an address to MPI."""
+        return [self.mpi.memory.fromaddress(address, count), count, self.mpi.BYTE]
+
+    def _name_job(self) -> str:
+        if self.recovers:  # no collective: another rank may be gone already
+            return os.environ.get("PMIX_NAMESPACE") or secrets.token_hex(16)
+        return str(self.comm.bcast(secrets.token_hex(16)))
+
+
+def _import() -> Any:
+    try:
+        import mpi4py
+    except ImportError:
+        raise Unsupported(f"the transport mpi needs mpi4py, which is not installed; {INSTALL}") from None
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise Unsupported(f"mpi4py finds no MPI library ({error}); {INSTALL}") from None
+    return MPI
+
+
+def _start(mpi: Any) -> int:
+    """Start the library unless the program did; return the thread level."""
+    if mpi.Is_finalized():
+        raise Unsupported("this process has finalized MPI, which cannot be started again; start a new process")
+    if mpi.Is_initialized():
+        return int(mpi.Query_thread())
+    level = int(mpi.Init_thread(mpi.THREAD_MULTIPLE))
+    atexit.register(_finish, mpi)
+    return level
+
+
+def _finish(mpi: Any) -> None:
+    """Finalize what we started, if all are there to do so: a launcher takes an end without it for a failure."""
+    thread = threading.Thread(target=mpi.Finalize, name="ringhold-mpi-finalize", daemon=True)
+    thread.start()
+    thread.join(_FINALIZE_SECONDS)
+
+
+_world: World | None = None
+_lock = threading.Lock()
+
+
+def enter() -> World:
+    """Return this process's world; the first call starts MPI, together with all other ranks of the job.
+
+    Raises:
+        Unsupported: mpi4py or a library is missing, or the library cannot be used from threads.
+
+    """
+    global _world
+    with _lock:
+        if _world is None:
+            _world = World()
+        return _world
