@@ -28,8 +28,8 @@ from collectives.schedule import Schedule
 
 _EXACT = 64
 """In worlds of up to this size all algorithms are estimated and may be chosen, in larger ones those that `scale`."""
-_EQUAL = 1.05
-"""Algorithms whose estimates differ by no more than this factor are about as good."""
+_EQUAL = 1.15
+"""Algorithms whose estimates differ by no more than this factor are about as good; estimates are no better than so."""
 
 
 class _Entry(NamedTuple):

@@ -6,8 +6,8 @@ its slowest link and what its busiest rank has to do: its overhead for each mess
 in, whichever take longer, and what it reduces. Links that leave a host are shared by the ranks of that host.
 
 Steps one behind the other give the time of an engine that ends each step before it begins the next. Ours passes on each
-segment as it arrives, so the time is also no more than what the busiest rank has to do in all, plus the time that the
-first segment takes through all steps. The lesser of the two is the estimate. `collectives.simulate` follows a schedule
+segment as it arrives, sending while it receives, so the time is also no more than what the busiest rank has to do in
+all, plus the time that the first segment takes through all steps. The lesser of the two is the estimate. `collectives.simulate` follows a schedule
 through a network in detail instead.
 """
 
@@ -20,13 +20,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from collectives.engine import NOTE_BYTES
 from collectives.errors import UsageError
 from collectives.region import Ints
 from collectives.schedule import Computes, Schedule, Step
 from collectives.topology import Floats, Link
-
-SEGMENT_BYTES = 2**20
-"""As the engine cuts bulk transfers (`engine.SEGMENT_BYTES`)."""
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -151,15 +149,16 @@ class _Account:
         self._itemsize = itemsize
         self._host = host
         self._world, self._hosts = len(host), int(host.max()) + 1
-        self._each: Floats = np.zeros(self._world)
-        self._uplinks: Floats = np.zeros(self._hosts)
+        self._moved: Floats = np.zeros((2, self._world))
+        self._worked: Floats = np.zeros(self._world)
+        self._crossed: Floats = np.zeros((2, self._hosts))
         self._in_turn = 0.0
         self._first_segment = 0.0
 
     @property
     def seconds(self) -> float:
         """Until all is done."""
-        busiest = max(float(self._each.max()), float(self._uplinks.max()))
+        busiest = max(float((self._moved.max(axis=0) + self._worked).max()), float(self._crossed.max()))
         return min(self._in_turn, busiest + self._first_segment)
 
     def add(self, step: Step) -> None:
@@ -171,29 +170,29 @@ class _Account:
         src, dst = np.divmod(pairs, self._world)
         far = self._host[src] != self._host[dst]
         rate = np.where(far, profile.far.bandwidth, profile.near.bandwidth)
-        messages = np.maximum(np.ceil(load / SEGMENT_BYTES), 1.0)
-        work = _busier(src, dst, load / rate, self._world)
-        work += profile.overhead * _sums(np.concatenate([src, dst]), np.tile(messages, 2), self._world)
+        messages = np.maximum(np.ceil(load / NOTE_BYTES), 1.0)
+        moved = _out_and_in(src, dst, load / rate, self._world)
+        work = profile.overhead * _sums(np.concatenate([src, dst]), np.tile(messages, 2), self._world)
         reduced = np.where(step.combine, size, 0.0)
-        computed = self._bytes(step.computes)
         work += _sums(step.dst, reduced, self._world) / profile.reduce_rate
-        work += _sums(step.computes.rank, computed, self._world) / profile.reduce_rate
+        work += _sums(step.computes.rank, self._bytes(step.computes), self._world) / profile.reduce_rate
         crossing = np.where(far, load / profile.far.bandwidth, 0.0)
-        uplinks = _busier(self._host[src], self._host[dst], crossing, self._hosts)
+        crossed = _out_and_in(self._host[src], self._host[dst], crossing, self._hosts)
         latency = np.where(far, profile.far.latency, profile.near.latency).max(initial=0.0)
-        passing = (np.minimum(load, SEGMENT_BYTES) / rate + 2 * profile.overhead).max(initial=0.0)
-        self._in_turn += float(latency + max(work.max(), uplinks.max()))
+        passing = (np.minimum(load, NOTE_BYTES) / rate + 2 * profile.overhead).max(initial=0.0)
+        self._in_turn += float(latency + max((moved.max(axis=0) + work).max(), crossed.max()))
         self._first_segment += float(latency + passing)
-        self._each += work
-        self._uplinks += uplinks
+        self._moved += moved
+        self._worked += work
+        self._crossed += crossed
 
     def _bytes(self, rows: Step | Computes) -> Floats:
         return ((rows.stop - rows.start) * self._itemsize).astype(np.float64)
 
 
-def _busier(src: Ints, dst: Ints, took: Floats, size: int) -> Floats:
-    """Of each rank or host: what takes longer, sending or receiving."""
-    return np.maximum(_sums(src, took, size), _sums(dst, took, size))
+def _out_and_in(src: Ints, dst: Ints, took: Floats, size: int) -> Floats:
+    """What each rank or host sends, and what it receives; shape (2, size)."""
+    return np.stack([_sums(src, took, size), _sums(dst, took, size)])
 
 
 def _sums(index: npt.NDArray[Any], values: Floats, size: int) -> Floats:
