@@ -89,7 +89,7 @@ class Readiness:
 
     """
 
-    def __init__(self, world: int, bounds: Ints, segment: float, single: bool) -> None:
+    def __init__(self, world: int, bounds: Ints, segment: int, single: bool) -> None:
         self._bounds = bounds
         self._segment = segment
         self._count = len(bounds) - 1
@@ -156,7 +156,7 @@ class Readiness:
         return length / segments(length, self._segment)
 
 
-def segments(length: Ints, segment: float) -> Floats:
+def segments(length: Ints, segment: int) -> Floats:
     """Into how many segments transfers of these lengths are cut, both in the same unit."""
     return np.maximum(1.0, np.rint(length / segment))
 

@@ -2,17 +2,19 @@
 
 Called by `ringhold simulate` and by whoever compares algorithms. A rank does its part as the engine does: transfers are
 cut into segments; what is received is dealt with in the order of steps, reduced, and sent on segment by segment; a
-send waits for the writes of its range in earlier steps; what a rank has from the start is sent at the start.
+send waits for the writes of its range in earlier steps; what a rank has from the start is sent at the start. Ports are
+passed by virtual cut-through, with unlimited memory in the switches. Jitter counts with its mean. Headers,
+confirmations and copies inside a rank are left out.
 
-All ranks' transfers of a step are computed at once, so 4096 ranks take as many array operations as four. What is
-approximate for the sake of that:
+There are two ways. Up to EXACT messages, `replay` runs the engine's own compiled programs and lets every message take
+its time on every port by the rule of the emulated transport (`crossing`). Beyond, all ranks' transfers of a step are
+computed at once (`queues`, `readiness`), so that 4096 ranks take as many array operations as four. That is exact where
+ranks keep in step and share no ports, as in a ring; else approximate:
 
 - A port serves the messages of a step before those of the next, and within a step whole messages in the order of their
-  heads, where a real one interleaves packets. This shifts who waits for whom on shared ports; it keeps their load.
+  heads, where the engine interleaves segments. The load of a port is right, the order in which it is served is not.
 - A message's segments arrive evenly between its first and its last; gaps between them are not followed further.
-- A message passes several ports by virtual cut-through, with unlimited memory in the switches.
-- The memory of a send is free at once (a transport buffers). Jitter counts with its mean. Compute kernels and copies
-  inside a rank take `reduce_rate` as reductions do, and nothing by default. Headers and confirmations are left out.
+- The memory of a send is free at once.
 """
 
 from dataclasses import dataclass
@@ -20,14 +22,18 @@ from math import inf
 
 import numpy as np
 
+from collectives.engine import NOTE_BYTES, PACK_BYTES
 from collectives.errors import UsageError
 from collectives.queues import Paths, Queues, Trains, distinct, raise_to
-from collectives.readiness import Readiness, segments, survey
+from collectives.readiness import Readiness, Survey, segments, survey
+from collectives.replay import Replay
 from collectives.schedule import Computes, Schedule, Step
 from collectives.topology import Floats, Topology
 
-SEGMENT_BYTES = 2**19
-"""As the engine cuts what it sends over sockets (`engine.NOTE_BYTES`)."""
+SEGMENT_BYTES = NOTE_BYTES
+"""As the engine cuts what it sends over sockets."""
+EXACT = 20_000
+"""Messages that are followed one by one; it takes about a tenth of a millisecond each."""
 
 
 def bus_factor(kind: str, world: int) -> float:
@@ -46,6 +52,7 @@ class Timing:
         finish: when each rank has received and reduced everything, and its last byte has left.
         port_bytes: what each port carried.
         port_busy: for how long it did.
+        exact: whether every message was followed.
 
     """
 
@@ -57,6 +64,7 @@ class Timing:
     port_bytes: Floats
     port_busy: Floats
     ports: tuple[str, ...]
+    exact: bool
 
     @property
     def algbw(self) -> float:
@@ -86,15 +94,17 @@ def simulate(
     segment_bytes: int = SEGMENT_BYTES,
     itemsize: int = 4,
     reduce_rate: float = inf,
+    exact: bool | None = None,
 ) -> Timing:
     """Time a schedule; rank `r` of the schedule is rank `r` of the topology, which may have more.
 
     Args:
         schedule: what is done.
         topology: where.
-        segment_bytes: transfers are cut into segments of about this many bytes.
+        segment_bytes: transfers are cut into segments of about this many bytes, as the engine does over sockets.
         itemsize: bytes of an element.
-        reduce_rate: bytes a second that a rank reduces, one segment after the other.
+        reduce_rate: bytes a second that a rank reduces, and runs the schedule's kernels on, one segment at a time.
+        exact: follow every message, or all of a step at once; None: what the number of messages allows.
 
     Raises:
         UsageError: the topology has fewer ranks than the schedule, an argument is not positive, or the schedule is too
@@ -108,31 +118,56 @@ def simulate(
         )
     if segment_bytes < 1 or itemsize < 1 or not reduce_rate > 0:
         raise UsageError("segment_bytes, itemsize and reduce_rate must be positive")
-    run = _Run(schedule, topology, segment_bytes, itemsize, reduce_rate)
-    for index in range(len(schedule)):
-        run.step(schedule.step(index))
-    finish = np.maximum(run.clock, run.sent)
+    segment = max(1, segment_bytes // itemsize)
+    if exact is None:
+        exact = _few(schedule, segment)
+    if exact:
+        pack = min(PACK_BYTES, segment_bytes) // itemsize
+        replay = Replay(schedule, topology, segment, pack, itemsize, reduce_rate)
+        finish, carried = replay.run(), replay.carried
+    else:
+        steps = _Steps(schedule, topology, survey(schedule), segment, itemsize, reduce_rate)
+        for index in range(len(schedule)):
+            steps.take(schedule.step(index))
+        finish, carried = np.maximum(steps.clock, steps.sent), steps.queues.carried
     nbytes = itemsize * max(
         sum(stop - start for start, stop in side(rank))
         for side in (schedule.held, schedule.wanted)
         for rank in range(schedule.world)
     )
-    carried = run.queues.carried
     busy = carried / topology.bandwidth
-    return Timing(schedule.kind, schedule.world, float(finish.max()), nbytes, finish, carried, busy, topology.ports)
+    return Timing(
+        schedule.kind, schedule.world, float(finish.max()), nbytes, finish, carried, busy, topology.ports, exact
+    )
 
 
-class _Run:
+def _few(schedule: Schedule, segment: int) -> bool:
+    """Whether a schedule has up to EXACT messages."""
+    messages = 0.0
+    for index in range(len(schedule)):
+        step = schedule.step(index)
+        messages += float(segments(step.stop - step.start, segment).sum())
+        if messages > EXACT:
+            return False
+    return True
+
+
+class _Steps:
     """The state between two steps.
 
     `clock` says when each rank has dealt with all that it received, `sent` when its last byte has left it.
     """
 
     def __init__(
-        self, schedule: Schedule, topology: Topology, segment_bytes: int, itemsize: int, reduce_rate: float
+        self,
+        schedule: Schedule,
+        topology: Topology,
+        found: Survey,
+        segment: int,
+        itemsize: int,
+        reduce_rate: float,
     ) -> None:
-        found = survey(schedule)
-        self._segment = segment_bytes / itemsize
+        self._segment = segment
         self._itemsize = itemsize
         self._reduce_rate = reduce_rate
         single = float(segments(np.array([found.longest]), self._segment)[0]) == 1
@@ -141,7 +176,7 @@ class _Run:
         self.clock = np.zeros(schedule.world)
         self.sent = np.zeros(schedule.world)
 
-    def step(self, step: Step) -> None:
+    def take(self, step: Step) -> None:
         """Let everything of a step happen."""
         if len(step.src):
             self._transfer(step)

@@ -2,12 +2,11 @@
 
 Chosen as `transport="emulated:sockets"` (or another one behind the colon) with the option `topology`; all members run
 on one host. The bytes themselves travel at once, ahead of their time; with each message goes the instant at which it is
-due, and the receiver sleeps until then. On a port that nothing else uses at the moment
+due by `collectives.crossing`, and the receiver sleeps until then. On a port that nothing else uses at the moment
 
     done = max(now, busy) + latency + bytes / bandwidth
 
-where the port is busy for bytes / bandwidth: latency is time in flight. A route of several ports is passed by virtual
-cut-through, as in `collectives.queues`. Rank `r` of an epoch is rank `r` of the topology.
+Rank `r` of an epoch is rank `r` of the topology.
 
 Sleeping is late by a tenth of a millisecond and by more on a busy machine. So that this does not add up from message to
 message, "now" is not the clock's time but that at which the sending thread would be if everything it received had come
@@ -24,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from collectives.crossing import Route, cross, jitter_of, route_of
 from collectives.errors import OperationTimeout, TransportLost, Unsupported
 from collectives.topology import Topology
 from collectives.transports.base import Pending, Transport
@@ -91,9 +91,10 @@ class _Arriving(Pending):
 
 
 class _Clock(threading.local):
-    """How far each thread is behind the time at which it would be without the delays of emulation itself."""
+    """How far each thread is behind the time at which it would be had everything come on the dot, and since when."""
 
     behind = 0.0
+    since = 0.0
 
 
 class EmulatedTransport(Transport):
@@ -114,7 +115,7 @@ class EmulatedTransport(Transport):
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._ledger: Ledger | None = None
-        self._routes: dict[int, tuple[tuple[int, float, float], ...]] = {}
+        self._routes: dict[int, Route] = {}
         self._jitter: dict[int, float] = {}
         self._entered = [0.0] * inner.size
         self._due = [0.0] * inner.size
@@ -138,9 +139,8 @@ class EmulatedTransport(Transport):
             )
         for peer in range(self.size):
             if peer != self.rank:
-                links = [(port, topology.link(port)) for port in topology.route(self.rank, peer)]
-                self._routes[peer] = tuple((port, link.latency, link.bandwidth) for port, link in links)
-                self._jitter[peer] = sum(link.jitter for _, link in links)
+                self._routes[peer] = route_of(topology, self.rank, peer)
+                self._jitter[peer] = jitter_of(topology, self.rank, peer)
         self._ledger = Ledger(self._name, len(topology.ports), self._stop.is_set)
         try:
             connect: Connectable = self._inner  # type: ignore[assignment]  # all that are built have it
@@ -207,8 +207,12 @@ class EmulatedTransport(Transport):
             ledger.close()
 
     def now(self) -> float:
-        """Where this thread would be, on the monotonic clock, had everything come on the dot."""
-        return time.monotonic() - self._clock.behind
+        """Where this thread would be, on the monotonic clock, had everything come on the dot.
+
+        Who has received nothing for a while is where he wants to be.
+        """
+        now = time.monotonic()
+        return now - self._clock.behind if now - self._clock.since < PATIENCE else now
 
     def sleep_until(self, instant: float) -> None:
         """Sleep; return at once if the instant has passed. TransportLost: aborted."""
@@ -219,7 +223,8 @@ class EmulatedTransport(Transport):
     def arrive(self, begun: float, due: float) -> None:
         """Sleep until a message is due that this thread has waited for since `begun` (by `now`)."""
         self.sleep_until(due)
-        self._clock.behind = min(PATIENCE, max(0.0, time.monotonic() - max(begun, due)))
+        self._clock.since = time.monotonic()
+        self._clock.behind = min(PATIENCE, max(0.0, self._clock.since - max(begun, due)))
 
     def _send(self, peer: int, note: bytes | memoryview, channel: int) -> float:
         """Send a stamp and a note behind it; when the note's last byte leaves."""
@@ -252,16 +257,15 @@ class EmulatedTransport(Transport):
             ledger = self._ledger
             if ledger is None:
                 raise TransportLost("the transport of this epoch was closed")
-            head = tail = max(now, self._entered[peer])
-            left = 0.0
             with ledger:
-                for port, latency, bandwidth in self._routes[peer]:
-                    seconds = nbytes / bandwidth
-                    start = ledger.reserve(port, head, seconds, now - PATIENCE)
-                    left = left or start + seconds
-                    head, tail = start + latency, max(start + seconds, tail) + latency
+                left, due = cross(
+                    self._routes[peer],
+                    nbytes,
+                    max(now, self._entered[peer]),
+                    lambda port, head, seconds: ledger.reserve(port, head, seconds, now - PATIENCE),
+                )
             self._entered[peer] = left
-            self._due[peer] = max(self._due[peer], tail + self._jitter[peer] * self._draw(peer))
+            self._due[peer] = max(self._due[peer], due + self._jitter[peer] * self._draw(peer))
             return left, self._due[peer]
 
     def _draw(self, peer: int) -> float:

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from collectives.crossing import forget, reserve
 from collectives.errors import TransportLost
 
 INTERVALS = 64
-"""Disjoint intervals that a port can remember. What finds no room among them queues behind the last one."""
+"""Disjoint intervals that a port can remember."""
 _ROW = 1 + 2 * INTERVALS
 _TURN = 50e-6
-_TOUCH = 1e-9
 
 
 class Ledger:
@@ -65,29 +65,22 @@ class Ledger:
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._lock.release()
 
-    def reserve(self, port: int, head: float, seconds: float, forget: float) -> float:
-        """Take the first `seconds` that are free from `head` on, in one's turn; returns when they begin.
+    def reserve(self, port: int, head: float, seconds: float, past: float) -> tuple[float, float]:
+        """Take the first `seconds` that are free from `head` on, in one's turn; returns when they begin and end.
 
-        Intervals that ended before `forget` are dropped.
+        Intervals that ended before `past` are dropped.
         """
         at = port * _ROW
-        count = int(self._table[at])
-        values = [float(edge) for edge in self._table[at + 1 : at + 1 + 2 * count]]
-        taken = [(begin, end) for begin, end in zip(values[::2], values[1::2], strict=True) if end > forget]
-        start = head
-        for begin, end in taken:
-            if begin - start >= seconds and begin > start:
-                break
-            start = max(start, end)
-        taken = _joined(sorted([*taken, (start, start + seconds)]) if seconds else taken)
+        edges = [float(edge) for edge in self._table[at + 1 : at + 1 + 2 * int(self._table[at])]]
+        taken = list(zip(edges[::2], edges[1::2], strict=True))
+        forget(taken, past)
+        span = reserve(taken, head, seconds)
         if len(taken) > INTERVALS:
-            start = max(head, taken[-1][1])
-            taken = [*taken[: INTERVALS - 1], (taken[INTERVALS - 1][0], start + seconds)]
-        flat = [edge for interval in taken for edge in interval]
+            taken[-2:] = [(taken[-2][0], taken[-1][1])]  # no room to remember the gap between these
         self._table[at] = len(taken)
-        for place, edge in enumerate(flat, at + 1):
+        for place, edge in enumerate((edge for interval in taken for edge in interval), at + 1):
             self._table[place] = edge
-        return start
+        return span
 
     def close(self) -> None:
         """Let go of the memory. Nobody may use the ledger any more."""
@@ -102,14 +95,3 @@ class Ledger:
         except BlockingIOError:
             return False
         return True
-
-
-def _joined(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Disjoint intervals in order, those that touch made one."""
-    joined: list[tuple[float, float]] = []
-    for begin, end in intervals:
-        if joined and begin - joined[-1][1] < _TOUCH:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((begin, end))
-    return joined
