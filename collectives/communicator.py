@@ -35,7 +35,7 @@ from collectives.membership.member import MAIN
 from collectives.membership.protocol import Decision
 from collectives.membership.session import Event, Session
 from collectives.membership.wire import load_token
-from collectives.operations import Operation, View
+from collectives.operations import Call, View
 from collectives.options import Options
 from collectives.outcome import Outcome, Work
 from collectives.point_to_point import PointToPoint
@@ -300,16 +300,16 @@ class Communicator(Collectives, PointToPoint):
 
     # --- inside ---
 
-    def _start(self, operation: Operation, async_op: bool) -> Outcome | Work:
-        return self._lanes.start(self._lane(operation.lane), operation, async_op)
+    def _start(self, call: Call, async_op: bool) -> Outcome | Work:
+        return self._lanes.start(self._lane(call.lane), call, async_op)
 
     def _view(self, lane: str) -> View:
         return self._lane(lane).view
 
-    def _execute(self, operation: Operation) -> Outcome:
-        group = self._lanes.lane(operation.lane).group
+    def _execute(self, call: Call) -> Outcome:
+        group = self._lanes.lane(call.lane).group
         try:
-            outcome = self._runner.execute(operation)
+            outcome = call.run(self._runner.execute)
         except MemberLost as error:
             if self._step is not None:
                 self._step.saw(error, group)

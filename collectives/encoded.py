@@ -18,10 +18,12 @@ from collectives import quantize, reproducible
 from collectives.algorithms import encoded
 from collectives.error_feedback import Residual
 from collectives.errors import UnsupportedTensor, UsageError
-from collectives.operations import AllReduce, Operation, Plan, View, check_out, check_tensor
+from collectives.operations import AllReduce, Operation, Plan, View
+from collectives.operations.tensors import check_out, check_tensor, flat
 from collectives.quantize import BLOCK, Codec, Noise
 from collectives.reduction import ReduceOp
 from collectives.reproducible import MOST, Accumulator
+from collectives.schedule import Schedule
 from collectives.staging import copy_out
 
 OPS = ("sum", "avg")
@@ -32,6 +34,7 @@ class Encoded(Operation):
     """What both share: the schedule, and the way from records to the caller's tensor."""
 
     kind: ClassVar[str] = "all_reduce"
+    collective: ClassVar[str] = "all_reduce"
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     inplace: bool = True
     out: Tensor | None = None
@@ -59,30 +62,36 @@ class Encoded(Operation):
     def what(self) -> str:
         """Name of the encoding for messages and for the header, which makes sure that all members use the same."""
 
-    @property
-    def label(self) -> str:
+    def label(self, view: View) -> str:
         """See `Operation`."""
         return self.what
+
+    @property
+    def writes(self) -> Sequence[Tensor]:
+        """See `Call`."""
+        return (self.out,) if self.out is not None else (self.tensor,) if self.inplace else ()
 
     def algorithms(self) -> tuple[str, ...]:
         """Names that `algorithm` may have."""
         return ("encoded",)
 
+    def schedule(self, view: View) -> Schedule:
+        """The same for all sizes."""
+        return encoded.all_reduce(view.size, -(-self.tensor.numel() // self.block), self.up, self.down)
+
     def plan(self, view: View) -> Plan:
-        """The same schedule for all sizes; a member's records do not depend on the epoch."""
+        """A member's records do not depend on the epoch."""
         blocks = -(-self.tensor.numel() // self.block)
         if self.records is None:
             self.records = torch.empty(blocks * self.up, dtype=torch.uint8)
             self.encode(self.records)
-        schedule = encoded.all_reduce(view.size, blocks, self.up, self.down)
         mine = [piece for piece in encoded.pieces(view.size, blocks, self.up) if piece.rank == view.rank]
         kernels = {encoded.kernel(piece.number): partial(self._combine, piece, view) for piece in mine}
-        return Plan(schedule, self.records, torch.uint8, ReduceOp.SUM, kernels)
+        return Plan(self.schedule(view), self.records, torch.uint8, ReduceOp.SUM, kernels)
 
     def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Decode into the caller's memory, or into a new tensor."""
-        target = self.tensor if self.inplace else torch.empty(self.tensor.shape, dtype=self.tensor.dtype)
-        target = target if self.out is None else self.out
+        target = self.writes[0] if self.writes else torch.empty(self.tensor.shape, dtype=self.tensor.dtype)
         copy_out(self.decode(pieces), target)
         return target
 
@@ -141,7 +150,7 @@ class Quantized(Encoded):
 
     def encode(self, records: Tensor) -> None:
         """Encode the input and, with feedback, what is left of earlier ones."""
-        values = self._source()
+        values = flat(self.input)
         if self.feedback is None:
             self._codec.encode(values, records, self._noise(0))
             return

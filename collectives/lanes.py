@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from collectives.errors import LaneMisuse, MemberLost, UsageError
 from collectives.membership.protocol import MAX_FRAME
-from collectives.operations import Operation, View
+from collectives.operations import Call, View
 from collectives.outcome import Outcome, Work
 
 IDLE_SECONDS = 1.0
@@ -41,7 +41,7 @@ class Lanes:
 
     """
 
-    def __init__(self, execute: Callable[[Operation], Outcome], view: Callable[[str, tuple[int, ...]], View]) -> None:
+    def __init__(self, execute: Callable[[Call], Outcome], view: Callable[[str, tuple[int, ...]], View]) -> None:
         self._execute, self._view = execute, view
         self._lanes: dict[str, Lane] = {}
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class Lanes:
         lane = self._lanes.get(name)
         return self._begin(name, group) if lane is None else lane
 
-    def start(self, lane: "Lane", operation: Operation, async_op: bool) -> Outcome | Work:
+    def start(self, lane: "Lane", operation: Call, async_op: bool) -> Outcome | Work:
         """Run the operation on its lane and return its outcome, or queue it and return its work.
 
         Raises:
@@ -99,7 +99,7 @@ class Lane:
     def __init__(
         self,
         name: str,
-        execute: Callable[[Operation], Outcome],
+        execute: Callable[[Call], Outcome],
         view: Callable[[], View],
         group: tuple[int, ...] = (),
     ) -> None:
@@ -112,7 +112,7 @@ class Lane:
         self._user: int | None = None
         self._pending = 0
         self._halted: MemberLost | None = None
-        self._queue: queue.SimpleQueue[tuple[Operation, _LaneWork] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Call, _LaneWork] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
 
     @property
@@ -120,7 +120,7 @@ class Lane:
         """Whether nothing is under way or queued."""
         return self._pending == 0
 
-    def run(self, operation: Operation) -> Outcome:
+    def run(self, operation: Call) -> Outcome:
         """Run an operation to its end, behind those that are queued.
 
         Raises:
@@ -137,7 +137,7 @@ class Lane:
             self._end()
             self.refresh()
 
-    def submit(self, operation: Operation) -> Work:
+    def submit(self, operation: Call) -> Work:
         """Queue an operation and return at once."""
         self._begin()
         return self._enqueue(operation)
@@ -178,7 +178,7 @@ class Lane:
             self._pending -= 1
             self._lock.notify_all()
 
-    def _run(self, operation: Operation) -> Outcome:
+    def _run(self, operation: Call) -> Outcome:
         if self._halted is not None:
             raise MemberLost(f"{self._halted} (call resume() first)", self._halted.lost, self._halted.survivors)
         try:
@@ -188,7 +188,7 @@ class Lane:
                 self._halted = error
             raise
 
-    def _enqueue(self, operation: Operation) -> Work:
+    def _enqueue(self, operation: Call) -> Work:
         work = _LaneWork(self)
         with self._lock:
             self._queue.put((operation, work))
@@ -197,7 +197,7 @@ class Lane:
                 self._worker.start()
         return work
 
-    def _next(self) -> "tuple[Operation, _LaneWork] | None":
+    def _next(self) -> "tuple[Call, _LaneWork] | None":
         """Return what is next in the queue; None: the lane was closed or idle for a while, and the worker must end."""
         try:
             item = self._queue.get(timeout=IDLE_SECONDS)

@@ -18,6 +18,8 @@ class Outcome:
         epoch: the epoch whose attempt completed it.
         attempts: how often it was run here, 1 where nobody was lost.
         from_staging: whether a membership change completed it, from what all survivors had staged.
+        results: of operations with several results, these.
+        counts: of operations on rows of uneven number, how many rows are each contributor's.
 
     """
 
@@ -26,6 +28,8 @@ class Outcome:
     epoch: int
     attempts: int
     from_staging: bool
+    results: tuple[Tensor, ...] = ()
+    counts: tuple[int, ...] = ()
 
 
 class Work:

@@ -13,7 +13,7 @@ from collectives.errors import UsageError
 from collectives.lanes import Lane, Lanes, check_name
 from collectives.membership.claims import lane_of
 from collectives.membership.member import MAIN
-from collectives.operations import Operation, View
+from collectives.operations import Call, View
 from collectives.outcome import Outcome, Work
 
 
@@ -35,6 +35,11 @@ class SubGroup(Collectives):
     def rank(self) -> int:
         """This member's place among `members`."""
         return self._view(MAIN).rank
+
+    @property
+    def member_id(self) -> int:
+        """Number of this member."""
+        return self.members[self.rank]
 
     @property
     def size(self) -> int:
@@ -66,10 +71,10 @@ class SubGroup(Collectives):
 
     # --- inside ---
 
-    def _start(self, operation: Operation, async_op: bool) -> Outcome | Work:
+    def _start(self, call: Call, async_op: bool) -> Outcome | Work:
         if self._closed:
             raise UsageError(f"sub-group {self.name!r} was closed; ask the communicator for it again")
-        return self._lanes.start(self._lane(operation.lane), operation, async_op)
+        return self._lanes.start(self._lane(call.lane), call, async_op)
 
     def _view(self, lane: str) -> View:
         return self._lane(lane).view
