@@ -183,7 +183,8 @@ class Passage:
 
 def profiled(kind: str) -> AbstractContextManager[object]:
     """Return a context in which torch.profiler sees an operation; without a profiler it is one that does nothing."""
-    return record_function(f"ringhold::{kind}") if torch.autograd._profiler_enabled() else _UNSEEN
+    active: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return record_function(f"ringhold::{kind}") if active else _UNSEEN
 
 
 def _boot() -> str:
