@@ -5,10 +5,9 @@ from typing import Unpack, overload
 
 from torch import Tensor
 
-from collectives import encoded
 from collectives.calls.base import Blocking, Caller, How, Queued
 from collectives.error_feedback import Residual
-from collectives.operations import Reduce, ReduceScatter, ReduceScatterV
+from collectives.operations import Reduce, ReduceScatter, ReduceScatterV, numerics
 from collectives.outcome import Outcome, Work
 
 
@@ -74,7 +73,7 @@ class Reductions(Caller):
 
         """
         common = self._common(how, HowToReduce.__optional_keys__)
-        return self._issue(encoded.all_reduce(tensor=tensor, op=op, inplace=inplace, out=out, **common), async_op)
+        return self._issue(numerics.all_reduce(tensor=tensor, op=op, inplace=inplace, out=out, **common), async_op)
 
     @overload
     def reduce(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
-from collectives.encoded import Quantized
+from collectives.operations.quantized import Quantized
 from collectives.error_feedback import ErrorFeedback
 from collectives.errors import UsageError
 from collectives.operations import View

@@ -60,6 +60,13 @@ CASES: dict[str, tuple[Call, Call]] = {
         lambda c: c.run(ring.all_reduce(c.size, LARGE), ones(LARGE)),
         lambda c: c.run(bidirectional.all_reduce(c.size, LARGE), ones(LARGE)),
     ),
+    "codec": (lambda c: c.all_reduce(ones(LARGE), codec="int8"), lambda c: c.all_reduce(ones(LARGE), codec="int4")),
+    "codec and none": (lambda c: c.all_reduce(ones(LARGE)), lambda c: c.all_reduce(ones(LARGE), codec="bf16")),
+    "rounding": (
+        lambda c: c.all_reduce(ones(8), codec="int8"),
+        lambda c: c.all_reduce(ones(8), codec="int8", rounding="stochastic"),
+    ),
+    "reproducible": (lambda c: c.all_reduce(ones(8)), lambda c: c.all_reduce(ones(8), reproducible=True)),
     "on_loss": (lambda c: c.all_reduce(ones(8)), lambda c: c.all_reduce(ones(8), on_loss="raise")),
     "preallocated output": (
         lambda c: c.all_gather(ones(8)),
