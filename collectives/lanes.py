@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from collectives.errors import LaneMisuse, MemberLost, UsageError
+from collectives.in_flight import InFlight
 from collectives.membership.protocol import MAX_FRAME
 from collectives.operations import Call, View
 from collectives.outcome import Outcome, Work
@@ -44,6 +45,7 @@ class Lanes:
     def __init__(self, execute: Callable[[Call], Outcome], view: Callable[[str, tuple[int, ...]], View]) -> None:
         self._execute, self._view = execute, view
         self._lanes: dict[str, Lane] = {}
+        self._in_flight = InFlight()
         self._lock = threading.Lock()
         self._bytes = 0
         self._closed = False
@@ -65,13 +67,16 @@ class Lanes:
         """Run the operation on its lane and return its outcome, or queue it and return its work.
 
         Raises:
-            UsageError: the communicator was closed.
+            UsageError: the communicator was closed, or the call clashes with one under way; see `InFlight`.
 
         """
         if self._closed:
             raise UsageError("this communicator was closed; join again")
         operation.lane = lane.name
-        return lane.submit(operation) if async_op else lane.run(operation)
+        if async_op:
+            return self._in_flight.queue(operation, lane.submit)
+        with self._in_flight.during(operation):
+            return lane.run(operation)
 
     def close(self) -> None:
         """Take no more operations, and end what serves them once what is queued has ended."""
