@@ -102,6 +102,11 @@ _HINTS = frozenset({"order", "hosts"})
 """Say where ranks are, not what is to be achieved: an algorithm that has no use for them does without."""
 
 
+def kinds() -> tuple[str, ...]:
+    """The kinds of collectives that have algorithms here."""
+    return tuple(_TABLE)
+
+
 def names(kind: str) -> tuple[str, ...]:
     """Names of the algorithms that `kind` has, the default for large messages first.
 
@@ -110,6 +115,16 @@ def names(kind: str) -> tuple[str, ...]:
 
     """
     return tuple(_algorithms(kind))
+
+
+def takes(kind: str, algorithm: str) -> frozenset[str]:
+    """Those of "finish", "root", "counts", "order" and "hosts" that an algorithm heeds.
+
+    Raises:
+        UsageError: there is no such kind or algorithm.
+
+    """
+    return _entry_of(kind, algorithm).takes
 
 
 def build(
@@ -147,9 +162,7 @@ def build(
             The message names those that can.
 
     """
-    entry = _algorithms(kind).get(algorithm)
-    if entry is None:
-        raise UsageError(f"{kind}: unknown algorithm {algorithm!r}; there are {', '.join(names(kind))}")
+    entry = _entry_of(kind, algorithm)
     given = {
         "finish": finish,
         "root": root,
@@ -226,6 +239,13 @@ def _chosen(kind: str, world: int, nbytes: int, profile: Profile, hosts: tuple[i
     cost = {name: predict(kind, name, world, nbytes, profile, hosts) for name in able}
     good = [name for name in able if cost[name] <= _EQUAL * min(cost.values())]
     return next((name for name in profile.favours if name in good), good[0])
+
+
+def _entry_of(kind: str, algorithm: str) -> _Entry:
+    entry = _algorithms(kind).get(algorithm)
+    if entry is None:
+        raise UsageError(f"{kind}: unknown algorithm {algorithm!r}; there are {', '.join(names(kind))}")
+    return entry
 
 
 def _algorithms(kind: str) -> dict[str, _Entry]:

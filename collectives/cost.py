@@ -7,8 +7,8 @@ in, whichever take longer, and what it reduces. Links that leave a host are shar
 
 Steps one behind the other give the time of an engine that ends each step before it begins the next. Ours passes on each
 segment as it arrives, sending while it receives, so the time is also no more than what the busiest rank has to do in
-all, plus the time that the first segment takes through all steps. The lesser of the two is the estimate. `collectives.simulate` follows a schedule
-through a network in detail instead.
+all, plus the time that the first segment takes through all steps. The lesser of the two is the estimate.
+`collectives.simulate` follows a schedule through a network in detail instead.
 """
 
 from collections.abc import Mapping, Sequence

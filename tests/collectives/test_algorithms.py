@@ -15,24 +15,15 @@ import pytest
 from collectives.algorithms import bidirectional, dissemination, doubling, ring
 from collectives.region import split
 from collectives.schedule import Compute, Recv, Schedule, Send
+from collectives.verify import REDUCING
+from tests.collectives.schedules import PLAIN, VARIED
 
 Buffers = npt.NDArray[Any]
 """Shape (world, count)."""
 
-REDUCTIONS: dict[str, Callable[[int, int, bool], Schedule]] = {
-    "ring all_reduce": ring.all_reduce,
-    "ring reduce_scatter": ring.reduce_scatter,
-    "bidirectional all_reduce": bidirectional.all_reduce,
-    "bidirectional reduce_scatter": bidirectional.reduce_scatter,
-    "doubling all_reduce": doubling.all_reduce,
-}
-MOVES: dict[str, Callable[[int, int], Schedule]] = {
-    "ring all_gather": ring.all_gather,
-    "ring broadcast": lambda world, count: ring.broadcast(world, count, world // 3),
-    "bidirectional all_gather": bidirectional.all_gather,
-    "bidirectional broadcast": lambda world, count: bidirectional.broadcast(world, count, world // 3),
-}
-WORLDS = [1, 2, 3, 4, 5, 7, 8, 12, 17]
+REDUCTIONS = {name: make for name, make in {**PLAIN, **VARIED}.items() if make(1, 1).kind in REDUCING}
+MOVES = {name: make for name, make in {**PLAIN, **VARIED}.items() if name not in REDUCTIONS}
+WORLDS = [1, 2, 3, 4, 5, 7, 8, 13]
 
 
 def counts(world: int) -> list[int]:
@@ -78,13 +69,12 @@ def results(schedule: Schedule, buffers: Buffers) -> list[tuple[int, int, Buffer
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("finish", [False, True])
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_reductions_equal_the_direct_sum(name: str, finish: bool, world: int) -> None:
+def test_reductions_equal_the_direct_sum(name: str, world: int) -> None:
     for count in counts(world):
-        schedule = REDUCTIONS[name](world, count, finish)
+        schedule = REDUCTIONS[name](world, count)
         values = np.random.default_rng(count).integers(-1000, 1000, (world, count))
-        total = finished(values.sum(axis=0)) if finish else values.sum(axis=0)
+        total = finished(values.sum(axis=0)) if schedule.kernels else values.sum(axis=0)
         for start, stop, ended in results(schedule, lockstep(schedule, values)):
             assert (ended == total[start:stop]).all()
 
@@ -92,12 +82,14 @@ def test_reductions_equal_the_direct_sum(name: str, finish: bool, world: int) ->
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_float_bits_are_equal_on_all_ranks(name: str, world: int) -> None:
-    schedule = REDUCTIONS[name](world, 53, True)
+    schedule = REDUCTIONS[name](world, 53)
     values = np.random.default_rng(world).lognormal(0, 9, (world, 53)).astype(np.float32)
+    total = values.sum(axis=0, dtype=np.float64)
+    total = finished(total) if schedule.kernels else total
     bits: dict[tuple[int, int], bytes] = {}
     for start, stop, ended in results(schedule, lockstep(schedule, values)):
         assert bits.setdefault((start, stop), ended.tobytes()) == ended.tobytes()
-        np.testing.assert_allclose(ended, finished(values.sum(axis=0, dtype=np.float64))[start:stop], rtol=1e-5)
+        np.testing.assert_allclose(ended, total[start:stop], rtol=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -105,12 +97,12 @@ def test_float_bits_are_equal_on_all_ranks(name: str, world: int) -> None:
 def test_moves_bring_the_holders_values(name: str, world: int) -> None:
     for count in counts(world):
         schedule = MOVES[name](world, count)
-        values = np.random.default_rng(count).random((world, count))
-        holder = np.zeros(count, dtype=np.int64)
+        values = np.random.default_rng(count).random((world, schedule.count))
+        holder = np.zeros(schedule.count, dtype=np.int64)
         for rank in range(world):
             for start, stop in schedule.held(rank):
                 holder[start:stop] = rank
-        source = values[holder, np.arange(count)]
+        source = values[holder, np.arange(schedule.count)]
         for start, stop, ended in results(schedule, lockstep(schedule, started(schedule, values, np.nan))):
             assert (ended == source[start:stop]).all()
 
@@ -156,13 +148,41 @@ def test_the_bidirectional_ring_loads_both_directions_alike() -> None:
     assert (step.stop - step.start)[forward].sum() == (step.stop - step.start)[~forward].sum() == 50
 
 
-@pytest.mark.parametrize("finish", [False, True])
-@pytest.mark.parametrize("name", REDUCTIONS)
-def test_a_world_of_one_only_finishes(name: str, finish: bool) -> None:
-    schedule = REDUCTIONS[name](1, 20, finish)
-    assert len(schedule) == finish
+@pytest.mark.parametrize("name", [*REDUCTIONS, *MOVES])
+def test_a_world_of_one_only_finishes(name: str) -> None:
+    schedule = {**REDUCTIONS, **MOVES}[name](1, 20)
     computes = [compute for step in schedule.local(0).steps for compute in step.computes]
-    assert computes == [Compute("finish", 0, 20, True)] * finish
+    assert len(schedule) == len(schedule.kernels)
+    assert computes == [Compute("finish", 0, 20, True)] * len(schedule.kernels)
+
+
+@pytest.mark.parametrize("name", [*REDUCTIONS, *MOVES])
+def test_a_ranks_part_are_its_rows_of_all_steps(name: str) -> None:
+    for world in (2, 5, 8, 13):
+        schedule = {**REDUCTIONS, **MOVES}[name](world, 53)
+        steps = [schedule.step(index) for index in range(len(schedule))]
+        explicit = Schedule.from_steps(
+            schedule.kind,
+            schedule.algorithm,
+            world,
+            schedule.count,
+            steps,
+            [schedule.held(rank) for rank in range(world)],
+            [schedule.wanted(rank) for rank in range(world)],
+            schedule.kernels,
+        )
+        for rank in range(world):
+            mine, same = schedule.local(rank).steps, explicit.local(rank).steps
+            assert [step.step for step in mine] == [step.step for step in same]
+            for step, other in zip(mine, same, strict=True):
+                assert by_peer(step.sends) == by_peer(other.sends)
+                assert step.recvs == other.recvs
+                assert step.computes == other.computes
+
+
+def by_peer(sends: tuple[Send, ...]) -> dict[int, list[Send]]:
+    """Sends in the order that each peer sees."""
+    return {send.peer: [other for other in sends if other.peer == send.peer] for send in sends}
 
 
 @dataclass
@@ -170,6 +190,8 @@ class Row:
     """A row of one rank, for a run out of lockstep."""
 
     step: int
+    number: int
+    """Its place among the rows of the step."""
     what: Send | Recv | Compute
     scratch: Buffers | None = None
     """What a combining receive has taken, until it may be folded in."""
@@ -180,19 +202,21 @@ class Row:
         return isinstance(self.what, Recv) and self.what.combine
 
     def waits_for(self, other: "Row") -> bool:
-        """Rule 2 of `collectives.schedule`, for rows of one rank."""
+        """Rules 2 and 4 of `collectives.schedule`, for rows of one rank."""
         if other.done or other.what.start >= self.what.stop or self.what.start >= other.what.stop:
             return False
         if isinstance(self.what, Send):
             return other.step < self.step and not isinstance(other.what, Send)
-        return other.step < self.step or (self.combines and other.step == self.step and isinstance(other.what, Send))
+        if self.combines and other.step == self.step:
+            return isinstance(other.what, Send) or (other.combines and other.number < self.number)
+        return other.step < self.step
 
 
 def rows_of(schedule: Schedule, rank: int) -> list[Row]:
     rows: list[Row] = []
     for step in schedule.local(rank).steps:
         whats: list[Send | Recv | Compute] = [*step.sends, *step.recvs, *step.computes]
-        rows += [Row(step.step, what) for what in whats]
+        rows += [Row(step.step, number, what) for number, what in enumerate(whats)]
     return rows
 
 
@@ -247,8 +271,8 @@ def out_of_lockstep(schedule: Schedule, buffers: Buffers, chance: random.Random)
 @pytest.mark.parametrize("name", [*REDUCTIONS, *MOVES])
 @pytest.mark.parametrize("world", [2, 3, 4, 6])
 def test_ranges_alone_order_the_work(name: str, world: int) -> None:
-    schedule = REDUCTIONS[name](world, 13, True) if name in REDUCTIONS else MOVES[name](world, 13)
-    values = np.random.default_rng(world).lognormal(0, 9, (world, 13)).astype(np.float32)
+    schedule = {**REDUCTIONS, **MOVES}[name](world, 13)
+    values = np.random.default_rng(world).lognormal(0, 9, (world, schedule.count)).astype(np.float32)
     buffers = started(schedule, values, np.nan)
     expected = results(schedule, lockstep(schedule, buffers))
     for seed in range(4):
