@@ -50,10 +50,24 @@ class _Span(NamedTuple):
 class _Entry:
     """A call under way; `work` is what its lane keeps until the call is over."""
 
+    __slots__ = ("_call", "_spans", "work")
+
     def __init__(self, call: Call) -> None:
-        self.kind, self.lane = call.kind, call.lane
-        self.reads, self.writes = _spans(call.reads), _spans(call.writes)
+        self._call: Call | None = call
+        self._spans: tuple[list[_Span], list[_Span]] | None = None
         self.work: weakref.ref[Work] | None = None
+
+    def spans(self) -> tuple[list[_Span], list[_Span]]:
+        """What it reads and what it writes; found when first asked for, which most calls never are."""
+        if self._spans is None:
+            assert self._call is not None
+            self._spans = _spans(self._call.reads), _spans(self._call.writes)
+        return self._spans
+
+    def queued(self, work: Work) -> None:
+        """Keep nothing of the caller's alive until the call is over."""
+        self.spans()
+        self.work, self._call = weakref.ref(work), None
 
     def over(self) -> bool:
         """Whether it has ended."""
@@ -64,7 +78,8 @@ class _Entry:
 
     def clashes(self, other: "_Entry") -> bool:
         """Whether one writes what the other reads or writes."""
-        return _meet(self.writes, other.writes) or _meet(self.writes, other.reads) or _meet(self.reads, other.writes)
+        (reads, writes), (their_reads, their_writes) = self.spans(), other.spans()
+        return _meet(writes, their_writes) or _meet(writes, their_reads) or _meet(reads, their_writes)
 
 
 class InFlight:
@@ -96,7 +111,7 @@ class InFlight:
         except BaseException:
             self._leave(entry)
             raise
-        entry.work = weakref.ref(work)
+        entry.queued(work)
         return work
 
     def _enter(self, call: Call) -> _Entry:
@@ -104,17 +119,13 @@ class InFlight:
         with self._lock:
             if self._entries:
                 self._entries = [other for other in self._entries if not other.over()]
-                self._refuse_clash(call, entry)
+                if any(entry.clashes(other) for other in self._entries):
+                    raise UsageError(
+                        f"{call.kind} on lane {call.lane!r}: another call is under way on the same memory, and one of "
+                        "them writes it; wait for that first, or give a copy"
+                    )
             self._entries.append(entry)
         return entry
-
-    def _refuse_clash(self, call: Call, entry: _Entry) -> None:
-        for other in self._entries:
-            if entry.clashes(other):
-                raise UsageError(
-                    f"{call.kind} on lane {call.lane!r}: {other.kind} on lane {other.lane!r} is under way on the same "
-                    "memory, and one of them writes it; wait for that first, or give a copy"
-                )
 
     def _leave(self, entry: _Entry) -> None:
         with self._lock:
