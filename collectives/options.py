@@ -41,6 +41,8 @@ class Options:
     """Address that this process listens on."""
     advertise: str = ""
     """Address that others are told; empty: the same as `listen`."""
+    topology: str = ""
+    """Topology file, for the emulated transports (`transport="emulated:sockets"`)."""
     tls_ca: str = ""
     """CA certificate file; a member with it speaks TLS to the coordinator and checks its certificate."""
     tls_cert: str = ""

@@ -18,20 +18,44 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from collectives.crossing import Route, cross, jitter_of, route_of
-from collectives.errors import OperationTimeout, TransportLost, Unsupported
+from collectives.errors import OperationTimeout, OptionError, TransportLost, Unsupported
 from collectives.topology import Topology
+from collectives.topology_file import load
 from collectives.transports.base import Pending, Transport
 from collectives.transports.ledger import Ledger
 
+PREFIX = "emulated:"
+"""Before the name of the transport to be wrapped."""
 PATIENCE = 0.05
 """Seconds that a thread may be behind the clock without being taken for slow."""
 _STAMP = struct.Struct("<d")
+
+
+def network(path: str) -> Topology:
+    """Read the topology that members are to be held to.
+
+    Raises:
+        UsageError: there is no such file, or it is no topology; or none is named.
+
+    """
+    if not path:
+        raise OptionError(
+            "an emulated transport needs option topology: the path of a topology file (or RINGHOLD_TOPOLOGY)"
+        )
+    return load(Path(path))
+
+
+def emulate(inner: Transport, topology: Topology, key: bytes, epoch: int, nonce: bytes) -> "EmulatedTransport":
+    """Wrap the transport of an epoch, which key, number and nonce tell from all others."""
+    named = hashlib.blake2b(b"%d %s" % (epoch, nonce), key=key, digest_size=16, person=b"ringhold ledger")
+    return EmulatedTransport(inner, topology, named.hexdigest())
 
 
 class Connectable(Protocol):
