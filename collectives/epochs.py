@@ -12,6 +12,7 @@ from collectives.errors import OptionError, TransportLost, Unsupported
 from collectives.membership.protocol import Decision
 from collectives.options import Options
 from collectives.transports.base import Transport
+from collectives.transports.emulated import PREFIX, EmulatedTransport, emulate, network
 from collectives.transports.gloo import GlooTransport
 from collectives.transports.handshake import link_key
 from collectives.transports.mesh import LinkListener
@@ -20,14 +21,14 @@ from collectives.transports.sockets import SocketTransport
 
 log = logging.getLogger("ringhold.member")
 
-Built = GlooTransport | SocketTransport | MpiTransport
+Built = GlooTransport | SocketTransport | MpiTransport | EmulatedTransport
 
 TRANSPORTS: dict[str, type[GlooTransport] | type[SocketTransport] | type[MpiTransport]] = {
     "gloo": GlooTransport,
     "sockets": SocketTransport,
     "mpi": MpiTransport,
 }
-"""Names that `Communicator.join(transport=...)` knows."""
+"""Names that `Communicator.join(transport=...)` knows; each may have "emulated:" before it."""
 
 
 class Epochs:
@@ -54,10 +55,12 @@ class Epochs:
         on_failure: Callable[[int, int], None],
         on_refusal: Callable[[], None],
     ) -> None:
-        if kind not in TRANSPORTS:
+        plain = kind.removeprefix(PREFIX)
+        if plain not in TRANSPORTS:
             raise OptionError(f"unknown transport {kind!r}; there are {', '.join(sorted(TRANSPORTS))}")
-        TRANSPORTS[kind].prepare()
-        self._kind = kind
+        TRANSPORTS[plain].prepare()
+        self._kind = plain
+        self._network = network(options.topology) if kind != plain else None
         self._key = link_key(token, run)
         self._options = options
         self._listener = LinkListener(options.listen)
@@ -164,9 +167,11 @@ class Epochs:
         rank = [info.member for info in decision.members].index(member)
         addresses = [(info.host, info.port) for info in decision.members]
         make = TRANSPORTS[self._kind]
-        transport = make(
+        transport: Built = make(
             self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, hostname=self._options.listen
         )
+        if self._network is not None:
+            transport = emulate(transport, self._network, self._key, decision.epoch, decision.nonce)
         with self._lock:
             self._building = transport
             if self._abandoned:
