@@ -79,10 +79,19 @@ class Case:
         match self.kind.name:
             case "all_reduce":
                 return self._reduced(turn)
+            case "reduce":
+                return self._reduced(turn) if rank == self.root else None
             case "reduce_scatter":
                 return self._reduced(turn).view(self.ranks, self.each)[rank]
             case "all_gather":
                 return torch.cat([self._pattern(source, turn) for source in range(self.ranks)])
+            case "gather" if rank == self.root:
+                return torch.cat([self._pattern(source, turn) for source in range(self.ranks)])
+            case "scatter":
+                return self._pattern(self.root, turn).view(self.ranks, self.each)[rank]
+            case "all_to_all":
+                rows = [self._pattern(source, turn).view(self.ranks, self.each)[rank] for source in range(self.ranks)]
+                return torch.cat(rows)
             case "broadcast":
                 return self._pattern(self.root, turn)
         return None

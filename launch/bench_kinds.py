@@ -59,6 +59,10 @@ KINDS: dict[str, Kind] = {
         Kind("all_reduce", lambda ranks: 2 * _share(ranks), reduces=True),
         Kind("reduce_scatter", _share, parts=True, reduces=True, in_place=False),
         Kind("all_gather", _share, parts=True),
+        Kind("all_to_all", _share, parts=True, in_place=False),
+        Kind("reduce", _whole, reduces=True, rooted=True),
+        Kind("gather", _share, parts=True, rooted=True, in_place=False),
+        Kind("scatter", _share, parts=True, rooted=True, in_place=False),
         Kind("broadcast", _whole, rooted=True, out_of_place=False),
         Kind("barrier", _whole, out_of_place=False),
     )

@@ -70,8 +70,15 @@ class Ours:
                 started = call(tensor, case.op, async_op=queued, **how)
             case "all_gather":
                 started = call(tensor, out=case.taken if inplace else None, async_op=queued, **how)
-            case "broadcast":
+            case "all_to_all":
+                started = call(tensor, async_op=queued, **how)
+            case "reduce":
+                started = call(tensor, comm.members[case.root], case.op, inplace=inplace, async_op=queued, **how)
+            case "gather" | "broadcast":
                 started = call(tensor, comm.members[case.root], async_op=queued, **how)
+            case "scatter":
+                rows = tensor if self.rank == case.root else None
+                started = call(case.taken, comm.members[case.root], rows, async_op=queued, **how)
             case _:
                 started = call(async_op=queued, **how)
         assert isinstance(started, Outcome | Work)
@@ -120,6 +127,16 @@ class TorchGloo:
                 reduce_scatter(taken, given, op=_torch_op(case))
             case "all_gather":
                 all_gather(taken, given)
+            case "all_to_all":
+                dist.all_to_all_single(taken, given)
+            case "reduce":
+                if not inplace:
+                    taken.copy_(given)
+                dist.reduce(taken, case.root, _torch_op(case))
+            case "gather":
+                dist.gather(given, list(case.taken) if self.rank == case.root else None, case.root)
+            case "scatter":
+                dist.scatter(taken, list(case.given) if self.rank == case.root else None, case.root)
             case "broadcast":
                 dist.broadcast(taken, case.root)
             case _:
@@ -164,6 +181,15 @@ class Mpi:
                 comm.Reduce_scatter_block(given, taken, self._op(case))
             case "all_gather":
                 comm.Allgather(given, taken)
+            case "all_to_all":
+                comm.Alltoall(given, taken)
+            case "reduce":
+                mine = taken if inplace and self.rank != case.root else given
+                comm.Reduce(mine, taken if self.rank == case.root else None, self._op(case), case.root)
+            case "gather":
+                comm.Gather(given, taken, case.root)
+            case "scatter":
+                comm.Scatter(given, taken, case.root)
             case "broadcast":
                 comm.Bcast(taken, case.root)
             case _:
