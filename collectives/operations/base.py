@@ -7,6 +7,7 @@ caller's memory before `deliver`, so it can be planned and run again for another
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -192,18 +193,19 @@ class Operation(Call):
         """Name of the algorithm: the caller's choice, or what suits the number of bytes."""
         if self.algorithm != "auto":
             return self.algorithm
-        return choice.choose(self.collective, view.size, self.count(view) * self.work_dtype.itemsize)
+        return _choose(self.collective, view.size, self.count(view) * self.work_dtype.itemsize)
 
     def schedule(self, view: View) -> Schedule:
         """Build the schedule for these ranks. Raises `UsageError` if the algorithm has none."""
-        return choice.build(
+        root = view.members.index(self.root) if self.root else 0
+        return _build(
             self.collective,
             self.algorithm_in(view),
             view.size,
             self.count(view),
-            finish=self.finish,
-            root=view.members.index(self.root) if self.root else 0,
-            counts=self.counts(view),
+            self.finish,
+            root,
+            self.counts(view),
         )
 
     def source(self, view: View) -> Tensor:
@@ -224,3 +226,17 @@ class Operation(Call):
 
     def _check(self) -> None:
         """Raise `UsageError` for arguments that cannot be."""
+
+
+@lru_cache(maxsize=1024)
+def _choose(kind: str, world: int, nbytes: int) -> str:
+    """Remember what was chosen: it is asked for with every operation."""
+    return choice.choose(kind, world, nbytes)
+
+
+@lru_cache(maxsize=256)
+def _build(
+    kind: str, algorithm: str, world: int, count: int, finish: bool, root: int, counts: tuple[int, ...] | None
+) -> Schedule:
+    """Remember what was built, as above."""
+    return choice.build(kind, algorithm, world, count, finish=finish, root=root, counts=counts)
