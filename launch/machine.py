@@ -19,7 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from collectives.errors import RingholdError, Unsupported
 from launch.environment import peer_environment
+from launch.network import Network
 
 Status = Literal["ok", "limited", "missing"]
 _SUPPORTED_PYTHON = (3, 11)
@@ -200,34 +202,16 @@ def check_process_vm_readv() -> Finding:
 
 
 def check_namespaces() -> Finding:
-    """Make a network namespace with a rate limit in it, and remove it."""
-    name = f"ringhold-doctor-{os.getpid()}"
-    if not shutil.which("ip") or not shutil.which("tc"):
-        return Finding("network namespaces", "missing", "no ip or tc command", "shaped links: emulated transport only")
-    error = _try(["ip", "netns", "add", name])
-    if error:
-        return Finding("network namespaces", "missing", error, "shaped links: emulated transport only (or run as root)")
+    """Make a network of one host, limit its rate, and remove it."""
+    instead = "shaped links: emulated transport only"
     try:
-        limit = [
-            "tc",
-            "qdisc",
-            "add",
-            "dev",
-            "lo",
-            "root",
-            "tbf",
-            "rate",
-            "400mbit",
-            "burst",
-            "256k",
-            "latency",
-            "50ms",
-        ]
-        error = _try(["ip", "netns", "exec", name, *limit])
-    finally:
-        _try(["ip", "netns", "delete", name])
-    if error:
-        return Finding("network namespaces", "limited", f"no tbf: {error}", "partitions: yes; limited rates: emulated")
+        with Network(1) as network:
+            try:
+                network.limit(0, 50e6)
+            except Unsupported as error:
+                return Finding("network namespaces", "limited", str(error), "partitions: yes; limited rates: emulated")
+    except RingholdError as error:
+        return Finding("network namespaces", "missing", str(error), instead)
     return Finding("network namespaces", "ok", "ip netns and tc tbf", "real links with partitions and limited rates")
 
 
@@ -273,15 +257,6 @@ def _together(commands: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
         last = err.strip().splitlines()[-1] if err.strip() else f"it ended with code {process.returncode}"
         results.append((out, last if process.returncode else ""))
     return results
-
-
-def _try(command: Sequence[str]) -> str:
-    """Run a short command; return the empty string, or why it failed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return "" if done.returncode == 0 else (done.stderr.strip() or f"code {done.returncode}")
 
 
 def _available_memory() -> int:
