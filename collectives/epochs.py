@@ -17,15 +17,17 @@ from collectives.transports.gloo import GlooTransport
 from collectives.transports.handshake import link_key
 from collectives.transports.mesh import LinkListener
 from collectives.transports.mpi import MpiTransport
+from collectives.transports.shm import ShmTransport
 from collectives.transports.sockets import SocketTransport
 
 log = logging.getLogger("ringhold.member")
 
-Built = GlooTransport | SocketTransport | MpiTransport | EmulatedTransport
+Built = GlooTransport | SocketTransport | ShmTransport | MpiTransport | EmulatedTransport
 
-TRANSPORTS: dict[str, type[GlooTransport] | type[SocketTransport] | type[MpiTransport]] = {
+TRANSPORTS: dict[str, type[GlooTransport | SocketTransport | ShmTransport | MpiTransport]] = {
     "gloo": GlooTransport,
     "sockets": SocketTransport,
+    "shm": ShmTransport,
     "mpi": MpiTransport,
 }
 """Names that `Communicator.join(transport=...)` knows; each may have "emulated:" before it."""
