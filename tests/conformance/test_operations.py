@@ -9,7 +9,7 @@ from collectives.communicator import Communicator
 from tests.conformance import operations
 from tests.harness.residents import Residents
 
-WORLDS = {"gloo": (1, 2, 3, 4, 5), "sockets": (2, 3, 5)}
+WORLDS = {"gloo": (1, 2, 3, 4, 5), "sockets": (2, 3, 5), "shm": (2, 3, 4)}
 """Transports and how many members they are tested with."""
 CASES = [("", 0), *((transport, world) for transport, worlds in WORLDS.items() for world in worlds)]
 
@@ -30,17 +30,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
 @pytest.mark.parametrize(
     "function",
-    [
-        operations.reduce_everything,
-        operations.reduce_every_shape,
-        operations.reduce_segments,
-        operations.reduce_roughly,
-        operations.scatter_reductions,
-        operations.gather_rows,
-        operations.broadcast_from_each,
-        operations.run_schedules,
-        operations.overlap,
-    ],
+    operations.RESULTS,
     ids=lambda function: function.__name__,
 )
 def test_results_are_those_of_arithmetic_and_equal_on_all_members(run: Run, function: Callable[..., Any]) -> None:
@@ -61,3 +51,17 @@ def test_check_inputs_names_who_changed_an_input_under_way(transport: str) -> No
         first, second = group.run(operations.meddle)
     assert "the input of all_reduce 1 was changed" in first
     assert second == ""
+
+
+def test_members_whose_counts_differ_are_all_told_so(run: Run) -> None:
+    first, *others = run(operations.disagree_on_counts)
+    assert len(first) == (3 if others else 0)
+    assert all(said == first for said in others)
+
+
+def test_memory_that_a_call_under_way_writes_is_nobody_elses(run: Run) -> None:
+    first, *others = run(operations.clash)
+    assert first == []
+    for said in others:
+        assert len(said) == 4
+        assert all("under way on the same memory" in text for text in said)
