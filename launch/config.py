@@ -43,6 +43,9 @@ class JobConfig:
     """Tokens of a sample."""
     microbatch: int = 16
     """Most samples in one pass; a member's share is computed in as few passes as that allows."""
+    reproducible: bool = False
+    """The batch is cut into microbatches of this size for good, and their gradients are summed exactly: the final state
+    is that of one process, to the bit, whoever computed what."""
     lr: float = 1e-3
     """Highest learning rate, reached after `warmup` steps. The higher, the more rounding grows that depends on how the
     batch is divided: below 1e-7 of the loss in 120 steps here, 1e-6 at three times this (fp32)."""

@@ -46,10 +46,13 @@ class Plan:
             ids.append(epoch * self.windows + int(_permutation(self.windows, self.seed, epoch)[index]))
         return ids
 
-    def share(self, step: int, rank: int, size: int) -> list[int]:
-        """Return the samples of a step that `rank` of `size` members computes; none where members outnumber samples."""
-        start, stop = split(self.batch, size)[rank]
-        return self.samples(step)[start:stop]
+    def share(self, step: int, rank: int, size: int, unit: int = 1) -> list[int]:
+        """Return the samples of a step that `rank` of `size` members computes; none where members outnumber units.
+
+        Every `unit` samples from the first on stay together.
+        """
+        start, stop = split(-(-self.batch // unit), size)[rank]
+        return self.samples(step)[start * unit : stop * unit]
 
     def position(self, step: int) -> tuple[int, int]:
         """Return the data epoch and the samples of it that are used up before a step."""

@@ -20,7 +20,7 @@ from collectives.errors import Evicted, RingholdError, StateDiverged, StateLost,
 from collectives.outcome import Outcome
 from collectives.region import split
 from collectives.state import state_hash
-from launch import data, finals, model
+from launch import data, finals, gradient, model
 from launch.config import JobConfig
 from launch.ledger import Commit, Done, Ledger, Samples, Start
 from launch.trainer import Trainer, one_thread
@@ -198,14 +198,9 @@ class _Peer:
         """
         comm, trainer = self.comm, self.trainer
         with comm.step() as guard:
-            samples = trainer.plan.share(step, comm.rank, comm.size)
+            samples = trainer.share(comm.rank, comm.size)
             self.ledger.write(Samples(step, attempt, comm.epoch, tuple(samples)))
-            trainer.clear()
-            total = trainer.accumulate(samples, trainer.tokens)
-            counts = torch.tensor([total, len(samples) * self.config.context], dtype=torch.float64)
-            outcome = comm.all_reduce(counts)
-            for bucket in trainer.buckets:
-                comm.all_reduce(bucket)
+            outcome = gradient.reduce(trainer, comm, samples)
         return outcome if guard.committed else None
 
     def _evaluate(self) -> float:

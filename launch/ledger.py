@@ -120,6 +120,8 @@ class LedgerReport:
     """Samples that committed steps used."""
     complete: bool
     """Whether some member ended in order, after the last step."""
+    hash: str
+    """Of the state that members ended with; empty if none did, or not all with the same."""
     problems: tuple[str, ...]
     """What contradicts the claim that each committed step used its batch exactly once; the first few."""
 
@@ -228,7 +230,7 @@ class _Check:
         samples = {step: self._samples_of(step, commit) for step, commit in agreed.items()}
         if len(plans) == 1:
             self._used_once(plans.pop(), samples)
-        self._ends(first + len(agreed))
+        ending = self._ends(first + len(agreed))
         return LedgerReport(
             members=len(self.members),
             first_step=first,
@@ -237,6 +239,7 @@ class _Check:
             repeated=sum(commit.attempt for commit in agreed.values()),
             samples=sum(map(len, samples.values())),
             complete=any(own.done is not None for own in self.members.values()),
+            hash=ending,
             problems=_shorten(self.problems),
         )
 
@@ -289,12 +292,14 @@ class _Check:
                 used += line.samples
         return used
 
-    def _ends(self, steps: int) -> None:
+    def _ends(self, steps: int) -> str:
+        """Check that all who came to the end ended alike; return the hash of the state."""
         ends = {(own.done.step, own.done.hash) for own in self.members.values() if own.done is not None}
         if len(ends) > 1:
             self.problems.append("members ended with different states or after different steps")
         elif ends and next(iter(ends))[0] != steps:
             self.problems.append(f"members were done after step {next(iter(ends))[0]}, but {steps} are on record")
+        return next(iter(ends))[1] if len(ends) == 1 else ""
 
 
 def _name(plan: Plan, samples: Iterable[int]) -> str:

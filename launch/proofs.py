@@ -46,6 +46,8 @@ def prove(config: JobConfig, *, against_reference: bool, control: bool, tell: Te
     last = undisturbed.losses[-1]
     detail = f"{compared}; last loss {report.losses[-1]:.6f}, reference {last:.6f}" if report.losses else str(compared)
     checks.append(Check("reference", compared.ok, detail))
+    if config.reproducible:
+        checks.append(_bits(report.hash, undisturbed.hash))
     if control:
         checks.append(_control(config, undisturbed))
     return Proofs(tuple(checks), facts[0], last, *facts[2:])
@@ -64,6 +66,13 @@ def _ledger(report: ledger.LedgerReport, config: JobConfig) -> Check:
         f"in {report.epochs} epochs; {report.repeated} attempts repeated"
     )
     return Check("ledger", True, detail)
+
+
+def _bits(found: str, expected: str) -> Check:
+    """A reproducible run ends with the very bits of the reference."""
+    if found == expected:
+        return Check("bits", True, f"the final state is that of the reference to the bit, BLAKE3 {expected[:16]}")
+    return Check("bits", False, f"the final state has hash {found[:16] or 'unknown'}, the reference {expected[:16]}")
 
 
 def _control(config: JobConfig, undisturbed: reference.Reference) -> Check:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from collectives.communicator import Communicator
 from collectives.errors import UsageError
 from collectives.region import split
-from launch import data, finals
+from collectives.state import state_hash
+from launch import data, finals, gradient
 from launch.config import DType, JobConfig
 from launch.trainer import Trainer, one_thread
 
@@ -35,6 +37,8 @@ class Reference:
     losses: tuple[float, ...]
     """Of each step from the first on."""
     seconds: float
+    hash: str
+    """Of the state at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,14 @@ def run(config: JobConfig, on_step: OnStep | None = None) -> Reference:
         UsageError, CorruptFile: the text or the state to resume from do not fit.
 
     """
-    return _run(config, config.steps, lambda trainer, samples: trainer.accumulate(samples, trainer.tokens), on_step)
+    comm = Communicator.solo()
+
+    def accumulate(trainer: Trainer, samples: Sequence[int]) -> float:
+        outcome = gradient.reduce(trainer, comm, samples)
+        assert outcome.result is not None
+        return float(outcome.result[0])
+
+    return _run(config, config.steps, accumulate, on_step)
 
 
 def control(config: JobConfig, reference: Reference, members: int = 4, steps: int = CONTROL_STEPS) -> Comparison:
@@ -140,4 +151,4 @@ def _run(
             trainer.apply()
             if on_step is not None:
                 on_step(trainer.step, losses[-1])
-    return Reference(first, tuple(losses), time.perf_counter() - started)
+    return Reference(first, tuple(losses), time.perf_counter() - started, state_hash(trainer.state()))

@@ -28,6 +28,8 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option("--preset", default="1m", show_default=True, help="Model size: 1m, 10m or 100m parameters.")
 @click.option("--steps", type=int, default=120, show_default=True, help="Steps of the whole run.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Samples a step, over all peers.")
+@click.option("--microbatch", type=int, help="Samples a pass.  [default: 16; --reproducible: an eighth of the batch]")
+@click.option("--reproducible", is_flag=True, help="Same bits as one process: microbatches summed exactly.")
 @click.option("--context", type=int, default=64, show_default=True, help="Tokens (bytes of text) a sample.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Highest learning rate.")
 @click.option("--dtype", default="fp32", show_default=True, help="fp32 or fp64.")
@@ -105,8 +107,13 @@ def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
         console.split_address(coordinator, "--coordinator")
     _check_transport(given["transport"])
     out = given["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    names = ("preset", "steps", "batch", "context", "lr", "dtype", "seed", "data", "resume")
-    config = JobConfig(out=str(out), **{name: given[name] for name in names})
+    names = ("preset", "steps", "batch", "context", "lr", "dtype", "seed", "data", "resume", "reproducible")
+    settings = {name: given[name] for name in names}
+    if given["microbatch"] is not None:
+        settings["microbatch"] = given["microbatch"]
+    elif given["reproducible"]:
+        settings["microbatch"] = max(1, given["batch"] // 8)
+    config = JobConfig(out=str(out), **settings)
     return session.Request(
         peers=peers,
         config=config,

@@ -57,6 +57,11 @@ class Trainer:
         """Tokens of a whole step, by which the sum of the members' gradients is a mean."""
         return self.config.batch * self.config.context
 
+    def share(self, rank: int, size: int) -> list[int]:
+        """Return the samples of this step that `rank` of `size` members computes."""
+        unit = self.config.microbatch if self.config.reproducible else 1
+        return self.plan.share(self.step, rank, size, unit)
+
     def clear(self) -> None:
         """Zero the gradient buckets."""
         for bucket in self.buckets:
@@ -167,6 +172,7 @@ def _bucket_gradients(parameters: Sequence[nn.Parameter], most: int) -> list[Ten
 def _identity(config: JobConfig, corpus: Corpus) -> dict[str, str | int]:
     """What has to be equal for two states to belong to the same job."""
     return {
+        **({"microbatch": config.microbatch} if config.reproducible else {}),
         "preset": config.preset,
         "context": config.context,
         "batch": config.batch,

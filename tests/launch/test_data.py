@@ -36,6 +36,15 @@ def test_shares_are_the_batch_in_order_and_balanced(size: int) -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_shares_of_units_never_cut_a_unit(size: int) -> None:
+    plan = Plan(windows=100, batch=11, seed=2)
+    shares = [plan.share(3, rank, size, unit=4) for rank in range(size)]
+    assert [sample for share in shares for sample in share] == plan.samples(3)
+    assert sorted(len(share) % 4 for share in shares if share) == [*[0] * (sum(map(bool, shares)) - 1), 3]
+    assert sum(map(bool, shares)) == min(size, 3)
+
+
 def test_position_counts_whole_epochs_and_the_rest() -> None:
     plan = Plan(windows=10, batch=4, seed=0)
     assert [plan.position(step) for step in (0, 2, 3, 5)] == [(0, 0), (0, 8), (1, 2), (2, 0)]

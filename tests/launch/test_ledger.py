@@ -67,6 +67,7 @@ def test_an_honest_run_with_losses_and_a_joiner_is_proven(out: Path) -> None:
         repeated=2,
         samples=24,
         complete=True,
+        hash="f00d",
         problems=(),
     )
     assert report.ok

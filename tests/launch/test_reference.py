@@ -76,7 +76,7 @@ def test_the_control_needs_two_members_and_some_steps() -> None:
     with pytest.raises(UsageError, match="2 members"):
         reference.control(config, undisturbed, members=1)
     with pytest.raises(UsageError, match="3 steps"):
-        reference.control(config, Reference(0, undisturbed.losses[:2], 0.0))
+        reference.control(config, Reference(0, undisturbed.losses[:2], 0.0, ""))
 
 
 def test_unusable_text_is_refused(tmp_path: Path) -> None:
