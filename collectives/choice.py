@@ -28,6 +28,8 @@ from collectives.schedule import Schedule
 
 _EXACT = 64
 """In worlds of up to this size all algorithms are estimated and may be chosen, in larger ones those that `scale`."""
+_LEAST = 64
+"""Bytes a rank: messages of fewer cost no less, but some of their parts would be empty."""
 _EQUAL = 1.15
 """Algorithms whose estimates differ by no more than this factor are about as good; estimates are no better than so."""
 
@@ -211,7 +213,8 @@ def choose(
         profile = profile_of(profile)
     if kind == "all_to_all" and world > _EXACT:
         nbytes, world, hosts = nbytes * _EXACT * _EXACT // (world * world), _EXACT, None
-    return _chosen(kind, world, 1 << max(0, nbytes - 1).bit_length(), profile, _frozen(hosts))
+    nbytes = max(nbytes, _LEAST * world)
+    return _chosen(kind, world, 1 << (nbytes - 1).bit_length(), profile, _frozen(hosts))
 
 
 def predict(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from collectives import choice
 from collectives.algorithms import bidirectional, dissemination, doubling, ring
 from collectives.region import split
 from collectives.schedule import Compute, Recv, Schedule, Send
@@ -279,3 +280,46 @@ def test_ranges_alone_order_the_work(name: str, world: int) -> None:
         ended = results(schedule, out_of_lockstep(schedule, buffers, random.Random(seed)))
         for (start, stop, mine), (_, _, theirs) in zip(ended, expected, strict=True):
             assert mine.tobytes() == theirs.tobytes(), (start, stop)
+
+
+def test_a_step_of_thousands_of_ranks_is_made_on_demand() -> None:
+    world, chance = 4096, random.Random(7)
+    hosts = [rank // 8 for rank in range(world)]
+    for kind, name in (
+        ("all_reduce", "ring"),
+        ("all_reduce", "halving_doubling"),
+        ("all_reduce", "double_tree"),
+        ("all_reduce", "hierarchical"),
+        ("broadcast", "flat"),
+        ("broadcast", "hierarchical"),
+        ("gather", "binomial"),
+        ("all_to_all", "pairwise"),
+    ):
+        schedule = choice.build(kind, name, world, world * world, hosts=hosts)
+        index = chance.randrange(len(schedule))
+        step = schedule.step(index)
+        assert len(step.src) <= 8 * world
+        rank = int(step.src[0]) if len(step.src) else 0
+        mine = [each for each in schedule.local(rank).steps if each.step == index]
+        assert len(mine[0].sends if mine else ()) == (step.src == rank).sum()
+
+
+def test_the_trees_share_the_load() -> None:
+    """Who is an inner rank of one tree is a leaf of the other, so that nobody sends more than twice the buffer."""
+    for world in range(2, 40):
+        loads = [sent(choice.build("all_reduce", "double_tree", world, 1000), rank) for rank in range(world)]
+        assert max(loads) <= 2 * 1000
+        assert len(choice.build("reduce", "double_tree", world, 1000)) <= (world - 1).bit_length()
+
+
+def test_elements_cross_between_hosts_once() -> None:
+    """Out of each host goes what a ring of single-rank hosts would send, whatever the hosts' sizes."""
+    count, hosts = 24 * 60, [0, 0, 0, 1, 1, 2, 2, 2, 2, 1]
+    for kind in ("reduce_scatter", "all_gather", "all_reduce"):
+        schedule = choice.build(kind, "hierarchical", len(hosts), count, hosts=hosts)
+        steps = [schedule.step(index) for index in range(len(schedule))]
+        crossing = 0
+        for step in steps:
+            far = np.array(hosts)[step.src] != np.array(hosts)[step.dst]
+            crossing += int((step.stop - step.start)[far].sum())
+        assert crossing == (2 if kind == "all_reduce" else 1) * (3 - 1) * count
