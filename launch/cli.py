@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("launch.train:command", "Train a small language model with peers that come and go."),
     "demo": ("launch.demo:command", "Kill, stop and add peers in a minute's training, and prove the result."),
     "bench": ("launch.bench:command", "Measure the collectives against gloo and MPI, and check their values."),
+    "simulate": ("launch.simulate:command", "Time a collective on a network that is described in a file."),
     "trace": ("launch.trace:command", "Join the traces of a run's members in one file."),
     "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),
     "doctor": ("launch.doctor:command", "Check what works on this machine, or look into a running job."),
