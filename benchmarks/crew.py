@@ -17,6 +17,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,7 @@ from collectives.membership.server import run_coordinator
 from collectives.options import Options
 from launch.attach import status
 from launch.child import die_with_parent
+from launch.network import Network
 
 Message = dict[str, Any]
 
@@ -49,7 +52,8 @@ class Desk:
     ) -> None:
         self.name = name
         self.words = words
-        self._address, self._run, self._token, self._options = address, run, token, options
+        self._address, self._run, self._token = address, run, token
+        self.options = options
         self._pipe = pipe
         self._lock = threading.Lock()
 
@@ -60,7 +64,7 @@ class Desk:
             self.report("event", **event)
             on_event(event)
 
-        return Communicator.join(self._address, self._run, self._token, options=self._options, on_event=tell)
+        return Communicator.join(self._address, self._run, self._token, options=self.options, on_event=tell)
 
     def report(self, kind: str, **fields: Any) -> None:
         """Send a message to the main process; from any thread."""
@@ -99,13 +103,15 @@ class Crew:
 
     Args:
         options: of the coordinator and of all members.
+        network: peers run on its hosts by turns, each listens on its host's address, the coordinator is on the hub.
 
     Make it in the main thread of a process that has no other: it forks.
 
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], network: Network | None = None) -> None:
         self._options = Options.resolve(options)
+        self._network = network
         self._run, self._token = f"bench-{secrets.token_hex(4)}", secrets.token_hex(16)
         self._memory = mmap.mmap(-1, _MAX_PEERS * WORDS * 8)
         self._all_words = memoryview(self._memory).cast("q")
@@ -113,6 +119,11 @@ class Crew:
         self.folder = Path(self._folder.name)
         self.peers: list[Peer] = []
         self._coordinator, self._address = self._start_coordinator()
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """The first arguments of `Communicator.join`: coordinator, run, token."""
+        return self._address, self._run, self._token
 
     def start_peer(self, work: Callable[[Desk], None]) -> Peer:
         """Fork a peer that runs `work` and ends. An exception in it is reported as a "failed" message.
@@ -123,8 +134,13 @@ class Crew:
         words = self._all_words[name * WORDS : (name + 1) * WORDS]
         receive, send = _fork.Pipe(duplex=False)
         log = self.folder / f"peer-{name:03d}.log"
-        desk = Desk(name, self._address, self._run, self._token, self._options, words, send)
-        process = _fork.Process(target=_run_peer, args=(desk, work, log, os.getpid()), name=f"peer {name}")
+        options, enter = self._options, None
+        if self._network is not None:
+            host = name % self._network.size
+            options = replace(options, listen=self._network.address(host))
+            enter = partial(self._network.enter, host)
+        desk = Desk(name, *self.place, options, words, send)
+        process = _fork.Process(target=_run_peer, args=(desk, work, log, os.getpid(), enter), name=f"peer {name}")
         process.start()
         send.close()
         peer = Peer(name, process, receive, words, log)
@@ -190,12 +206,18 @@ class Crew:
             raise RingholdError("the coordinator did not start within 10 s")
         port = int(receive.recv_bytes())
         receive.close()
-        return process, f"127.0.0.1:{port}"
+        return process, f"{self._listen}:{port}"
+
+    @property
+    def _listen(self) -> str:
+        return "127.0.0.1" if self._network is None else self._network.hub_address
 
     def _coordinate(self, ready: Connection, parent: int) -> None:
         _enter(self.folder / "coordinator.log", parent)
+        if self._network is not None:
+            self._network.enter(None)
         run_coordinator(
-            "127.0.0.1",
+            self._listen,
             0,
             self.folder / "journal",
             run=self._run,
@@ -217,8 +239,12 @@ def _enter(log: Path, parent: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(name)s: %(message)s", datefmt="%T")
 
 
-def _run_peer(desk: Desk, work: Callable[[Desk], None], log: Path, parent: int) -> None:
+def _run_peer(
+    desk: Desk, work: Callable[[Desk], None], log: Path, parent: int, enter: Callable[[], None] | None
+) -> None:
     _enter(log, parent)
+    if enter is not None:
+        enter()
     torch.set_num_threads(1)
     with log.open("a") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)

@@ -1,0 +1,232 @@
+"""All-reduce over real links of a limited rate: which part of the ideal it reaches, and whether the simulator knows.
+
+    python -m benchmarks.links                       # 4 hosts of 400 Mbit/s, 1 and 8 MiB; needs root
+    python -m benchmarks.links --algorithms          # each algorithm, against what the simulator predicts
+
+Members in network namespaces (`launch.network`) run all-reduces by turns over our transports and over torch's own gloo,
+in the same processes. No all-reduce of S bytes takes less than 2 (n-1)/n S/B over links of B bytes a second; what
+counts is the part of this bound that is reached, by the slowest rank. A turn is a few operations in a row after a
+barrier, the first of them not counted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.crew import Crew, Desk
+from benchmarks.figures import table, write_json
+from collectives import choice
+from collectives.communicator import Communicator
+from collectives.errors import RingholdError
+from collectives.simulate import simulate
+from collectives.topology import Link, flat
+from launch.network import Network
+
+TRANSPORTS = ("sockets", "gloo")
+LATENCY = 0.2e-3
+"""Seconds that the simulator adds for a message over a link: what the hosts' kernels and schedulers take."""
+_PATIENCE = 120.0
+
+Run = Callable[[torch.Tensor], object]
+Times = dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What is measured: by whom, with which sizes (bytes), how often."""
+
+    competitors: tuple[str, ...]
+    """A transport, TRANSPORT/ALGORITHM, TRANSPORT/+CODEC, or "torch"."""
+    sizes: tuple[int, ...]
+    turns: int
+    in_a_row: int
+
+
+class Member:
+    """One process of a contest."""
+
+    def __init__(self, desk: Desk, places: dict[str, tuple[str, str, str]], folder: Path) -> None:
+        self._desk = desk
+        self._comms = {
+            transport: Communicator.join(*place, transport=transport, options=desk.options)
+            for transport, place in places.items()
+        }
+        comm = next(iter(self._comms.values()))
+        self._rank, self._world = comm.rank, comm.size
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=desk.options.listen)]
+        options._timeout = timedelta(seconds=_PATIENCE)
+        store = dist.FileStore(str(folder / "store"), self._world)  # type: ignore[attr-defined]
+        self._torch: Any = dist.ProcessGroupGloo(store, self._rank, self._world, options)  # type: ignore[arg-type]
+
+    def take_turns(self, contest: Contest) -> None:
+        """Run everything and report the seconds of each operation."""
+        for size in contest.sizes:
+            tensor = torch.ones(size // 4)
+            for _ in range(contest.turns):
+                for name in contest.competitors:
+                    run, align = self._competitor(name)
+                    align()
+                    times = []
+                    for _ in range(contest.in_a_row):
+                        tensor.fill_(1)
+                        begun = time.perf_counter()
+                        run(tensor)
+                        times.append(round(time.perf_counter() - begun, 6))
+                    if not torch.allclose(tensor, torch.tensor(float(self._world)), rtol=0.02):
+                        raise AssertionError(f"{name} summed wrongly at {size} bytes")
+                    self._desk.report("turn", size=size, competitor=name, times=times[1:])
+
+    def close(self) -> None:
+        """Leave all runs."""
+        for comm in self._comms.values():
+            comm.leave()
+
+    def _competitor(self, name: str) -> tuple[Run, Callable[[], object]]:
+        """How it does an all-reduce, and its barrier."""
+        if name == "torch":
+            return lambda tensor: self._torch.allreduce([tensor]).wait(), lambda: self._torch.barrier().wait()
+        transport, _, how = name.partition("/")
+        comm = self._comms[transport]
+        keywords: dict[str, Any] = {}
+        if how:
+            keywords = {"codec": how[1:]} if how.startswith("+") else {"algorithm": how}
+        return lambda tensor: comm.all_reduce(tensor, **keywords), comm.barrier
+
+
+def hold(contest: Contest, network: Network) -> dict[tuple[int, str], float]:
+    """Let members of all hosts compete; return the median seconds of the slowest rank, by size and competitor.
+
+    Raises:
+        RingholdError: a member failed, or nothing was heard for two minutes.
+
+    """
+    transports = dict.fromkeys(name.partition("/")[0] for name in contest.competitors if name != "torch")
+    with ExitStack() as stack:
+        options = {"founders": network.size, "heartbeat_timeout": 10.0}
+        crews = {name: stack.enter_context(Crew(options, network)) for name in transports}
+        places = {name: crew.place for name, crew in crews.items()}
+        crew = next(iter(crews.values()))
+
+        def work(desk: Desk) -> None:
+            member = Member(desk, places, crew.folder)
+            member.take_turns(contest)
+            member.close()
+
+        for _ in range(network.size):
+            crew.start_peer(work)
+        reports = _listen(crew, network.size)
+    return {
+        key: statistics.median(max(ranks) for ranks in zip(*by_rank.values(), strict=True))
+        for key, by_rank in reports.items()
+    }
+
+
+def _listen(crew: Crew, members: int) -> dict[tuple[int, str], dict[int, list[float]]]:
+    """Seconds of all operations, by size and competitor, then by member."""
+    reports: dict[tuple[int, str], dict[int, list[float]]] = {}
+    while members:
+        heard = crew.receive(_PATIENCE)
+        if not heard:
+            raise RingholdError(f"no member has said anything for {_PATIENCE:g} s; {crew.status()}")
+        for peer, message in heard:
+            if message["type"] == "turn":
+                by_rank = reports.setdefault((message["size"], message["competitor"]), {})
+                by_rank.setdefault(peer.name, []).extend(message["times"])
+            elif message["type"] == "failed":
+                raise RingholdError(f"peer {peer.name}: {message['error']}: {message['message']}")
+            elif message["type"] == "gone":
+                members -= 1
+    return reports
+
+
+def compare(args: "Arguments", network: Network) -> list[dict[str, Any]]:
+    """Our transports and torch's gloo, and what a codec of one byte an element gains."""
+    best = args.transport[0]
+    competitors = (*args.transport, "torch", *(f"{best}/+{codec}" for codec in args.codec))
+    found = hold(Contest(competitors, tuple(args.size), args.turns, args.in_a_row), network)
+    rows = []
+    for (size, name), seconds in found.items():
+        ideal = 2 * (network.size - 1) / network.size * size / args.rate
+        rows.append(
+            {
+                "bytes": size,
+                "competitor": name,
+                "ms": round(1000 * seconds, 2),
+                "of_ideal": round(ideal / seconds, 3),
+                "times_as_fast_as_fp32": round(found[size, best] / seconds, 2),
+            }
+        )
+    return rows
+
+
+def predict(args: "Arguments", network: Network) -> list[dict[str, Any]]:
+    """Each algorithm, measured and simulated."""
+    transport, world = args.transport[0], network.size
+    names = [name for name in choice.names("all_reduce") if name != "hierarchical"]
+    competitors = tuple(f"{transport}/{name}" for name in names)
+    found = hold(Contest(competitors, tuple(args.size), args.turns, args.in_a_row), network)
+    topology = flat(world, Link(LATENCY, args.rate))
+    rows = []
+    for (size, competitor), seconds in found.items():
+        name = competitor.partition("/")[2]
+        predicted = simulate(choice.build("all_reduce", name, world, size // 4), topology).time
+        rows.append(
+            {
+                "bytes": size,
+                "algorithm": name,
+                "measured_ms": round(1000 * seconds, 2),
+                "predicted_ms": round(1000 * predicted, 2),
+                "predicted_by_measured": round(predicted / seconds, 3),
+            }
+        )
+    return rows
+
+
+class Arguments(argparse.Namespace):
+    """Parsed arguments."""
+
+    hosts: int
+    rate: float
+    size: list[int]
+    transport: list[str]
+    codec: list[str]
+    turns: int
+    in_a_row: int
+    algorithms: bool
+    json: Path | None
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=50e6, help="bytes a second of a link, in each direction")
+    parser.add_argument("--size", type=int, nargs="+", default=[2**20, 2**23], help="bytes")
+    parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--codec", nargs="*", default=["int8"], help="with the first transport")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--in-a-row", type=int, default=4, help="operations a turn, the first is not counted")
+    parser.add_argument("--algorithms", action="store_true", help="all algorithms, against the simulator")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    args = parser.parse_args(namespace=Arguments())
+    with Network(args.hosts, args.rate) as network:
+        rows = (predict if args.algorithms else compare)(args, network)
+    print(table(tuple(rows[0]), [tuple(row.values()) for row in rows]))
+    write_json(args.json, {"hosts": args.hosts, "rate": args.rate, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
