@@ -144,7 +144,7 @@ class _Axis:
             for steps in ((1, 2, 5), (1, 3), (1,)):
                 found = [step * 10.0**decade for decade in decades for step in steps]
                 found = [value for value in found if self.low <= value <= self.high]
-                if len(found) <= 9:
+                if len(found) <= 7:
                     break
             return self.thinned(found)
         rough = (self.high - self.low) / 5

@@ -1,4 +1,4 @@
-"""`ringhold simulate`: how long a collective would take on a network that is described in a file, without running it."""
+"""`ringhold simulate`: how long a collective would take on a network that a file describes, without running it."""
 
 import json
 import sys
@@ -124,8 +124,8 @@ class _Case:
         hosts = self.topology.hosts[:world] if self.topology.hosts is not None else None
         if name == "auto":
             name = choice.choose(self.kind, world, count * self.itemsize, hosts=hosts)
-        rooted = {"root": self.root} if "root" in choice.takes(self.kind, name) else {}
-        schedule = choice.build(self.kind, name, world, count, hosts=hosts, **rooted)
+        root = self.root if "root" in choice.takes(self.kind, name) else 0
+        schedule = choice.build(self.kind, name, world, count, root=root, hosts=hosts)
         timing = simulate(
             schedule,
             self.topology,
