@@ -70,7 +70,11 @@ class Encoded(AllReduce):
 
     def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Decode into the caller's memory, or into a new tensor."""
-        values = self.decode(pieces)
+        values, first = torch.empty(self.tensor.numel(), dtype=self.work_dtype), 0
+        for records in pieces:
+            last = min(first + records.numel() // self.down * self.block, values.numel())
+            self.decode(records, values[first:last])
+            first = last
         if self.target is None:
             return values.to(self.tensor.dtype).view(self.tensor.shape)
         copy_out(values, self.target)
@@ -85,8 +89,8 @@ class Encoded(AllReduce):
         """Return the result (b, down) of the records (members, b, up) of a piece, uint8."""
 
     @abstractmethod
-    def decode(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the result, flat, from its records in order of blocks."""
+    def decode(self, records: Tensor, values: Tensor) -> None:
+        """Decode flat uint8 records of the result into flat `values` of `work_dtype`."""
 
     @property
     def _blocks(self) -> int:

@@ -77,24 +77,19 @@ class Quantized(Encoded):
             self._owed.append((piece.first * BLOCK, (total - one) * (view.size if self.op == "avg" else 1)))
         return made
 
-    def decode(self, pieces: Sequence[Tensor]) -> Tensor:
+    def decode(self, records: Tensor, values: Tensor) -> None:
         """See `Encoded`. Everybody decodes, also who encoded: so all have the same bits."""
-        values, first = torch.empty(self.tensor.numel()), 0
-        for records in pieces:
-            last = min(first + records.numel() // self.down * BLOCK, values.numel())
-            self._codec.decode(records, values[first:last])
-            first = last
-        self._commit()
-        return values
+        self._codec.decode(records, values)
 
-    def _commit(self) -> None:
-        """The operation is complete: now the residual may change (rule R8)."""
-        if self.feedback is None or self._left is None:
-            return
-        for start, error in self._owed:
-            part = self._left[start : start + error.numel()]
-            part += error[: part.numel()]
-        self.feedback.commit(self._left.nan_to_num_(0.0, 0.0, 0.0))
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
+        """See `Encoded`. The operation is complete: now the residual may change (rule R8)."""
+        result = Encoded.deliver(self, pieces, view)
+        if self.feedback is not None and self._left is not None:
+            for start, error in self._owed:
+                part = self._left[start : start + error.numel()]
+                part += error[: part.numel()]
+            self.feedback.commit(self._left.nan_to_num_(0.0, 0.0, 0.0))
+        return result
 
     def _noise(self, part: int) -> Noise | None:
         """Random numbers that follow from the operation and the member alone: runs can be repeated (rule R8)."""

@@ -50,21 +50,21 @@ class Reproducible(Encoded):
         """Add the accumulators and make numbers of them."""
         return self._accumulator.combine(slots, self.op == "avg")
 
-    def decode(self, pieces: Sequence[Tensor]) -> Tensor:
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """Of the values before they become the tensor's."""
+        return self._accumulator.dtype
+
+    def decode(self, records: Tensor, values: Tensor) -> None:
         """See `Encoded`.
 
         Raises:
             UsageError: there were more contributions than an accumulator has room for; on every member alike.
 
         """
-        values, first = torch.empty(self.tensor.numel(), dtype=self._accumulator.dtype), 0
-        for records in pieces:
-            last = min(first + records.numel() // self.down * self.block, values.numel())
-            count = self._accumulator.decode(records, values[first:last])
-            if count > MOST:
-                raise UsageError(f"{count} contributions to a reproducible sum, of {MOST} at most; add some up before")
-            first = last
-        return values
+        count = self._accumulator.decode(records, values)
+        if count > MOST:
+            raise UsageError(f"{count} contributions to a reproducible sum, of {MOST} at most; add some up before")
 
     def _check(self) -> None:
         Encoded._check(self)
