@@ -81,10 +81,10 @@ _TABLE: dict[str, dict[str, _Entry]] = {
         "hierarchical": _entry(hierarchical.broadcast, "root", "hosts", scales=True),
     },
     "reduce": {
-        "double_tree": _entry(double_tree.reduce, "finish", "root", scales=True),
-        "direct": _entry(direct.reduce, "finish", "root"),
         "binomial": _entry(binomial.reduce, "finish", "root", scales=True),
+        "double_tree": _entry(double_tree.reduce, "finish", "root", scales=True),
         "flat": _entry(flat.reduce, "finish", "root", scales=True),
+        "direct": _entry(direct.reduce, "finish", "root"),
     },
     "gather": {
         "flat": _entry(flat.gather, "root", "counts", scales=True),
@@ -110,7 +110,7 @@ def kinds() -> tuple[str, ...]:
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Names of the algorithms that `kind` has, the default for large messages first.
+    """Names of the algorithms that `kind` has; of two that are about as good, `choose` takes the first.
 
     Raises:
         UsageError: there is no such kind.
