@@ -182,7 +182,7 @@ class ShmTransport(Transport):
             if self._aborted:
                 return
             self._aborted = True
-            if self._mine is not None and not self._closed:
+            if self._mine is not None:
                 self._mine.mark(self._nonce, self._epoch, valid=False)
                 self._mine.doorbell.ring()
         self._links.abort()
@@ -217,7 +217,6 @@ class ShmTransport(Transport):
     def take(self, peer: int, kind: int, channel: int, timeout: float | None = None) -> bytes:
         """Wait for the next frame of this kind from `peer` on `channel`; see `Transport.recv_note` for errors."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        arrived = None
         with self._lock:
             self._refuse()
             assert self._mine is not None
@@ -255,7 +254,7 @@ class ShmTransport(Transport):
         address, count, registered, acknowledge = _Offer.unpack(self.take(peer, _OFFER, channel))
         if count != into.nbytes:
             raise ProtocolError(f"rank {peer} sent {count} bytes where {into.nbytes} were due")
-        other = self._peers[peer]
+        other = self._peer(peer)
         if registered:
             data = other.arena.view(address, into)
             if borrow and not acknowledge:
@@ -282,7 +281,7 @@ class ShmTransport(Transport):
                 raise TransportLost(f"rank {peer} has given this epoch up")
 
     def _offer(self, peer: int, data: Tensor, channel: int, awaited: bool) -> None:
-        other = self._peers[peer]
+        other = self._peer(peer)
         offset = self._arena.offset(data)
         copy = None
         if offset is None and not other.reads_us:
@@ -317,6 +316,11 @@ class ShmTransport(Transport):
                 for kind, channel, payload in other.inbox.take():
                     if kind != _ACK or self._unread[peer, channel].popleft().awaited:
                         self._arrived[peer, kind, channel].append(payload)
+
+    def _peer(self, peer: int) -> _Peer:
+        with self._lock:
+            self._refuse()
+            return self._peers[peer]
 
     def _refuse(self) -> None:
         if self._aborted:
