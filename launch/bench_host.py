@@ -106,7 +106,7 @@ def alone(request: Request, ranks: int, show: Any) -> int:
     environ.setdefault("OMP_NUM_THREADS", "1")
     token = secrets.token_urlsafe(32)
     with Company(token, environ) as company:
-        children = [company.start(f"rank {rank}", "launch.bench_rank") for rank in range(ranks)]
+        children = [company.start(f"rank {rank}", "launch.bench_child") for rank in range(ranks)]
         addresses = company.host(request.runs, ranks)  # meanwhile the ranks import torch
         for rank, child in enumerate(children):
             place = {"rank": rank, "ranks": ranks, "coordinators": addresses, "token": token}

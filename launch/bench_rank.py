@@ -1,14 +1,12 @@
 """One rank of a benchmark: joins the runs, lets the competitors take turns, checks their results, tells the numbers.
 
-`Rank` is what a process does, whoever started it; `python -m launch.bench_rank` is the process that `ringhold bench`
-starts itself. Rank 0 alone tells (`Tell`), what it heard from all.
+`Rank` is what a process does, whoever started it (`bench_host`, `bench_child`). Rank 0 alone tells, what it heard from
+all.
 """
 
 import json
 import os
-import queue
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 
 from collectives.communicator import Communicator
-from collectives.errors import RingholdError
 from collectives.gather_bytes import gather_bytes
 from collectives.options import Options
 from launch.bench_cases import Case
@@ -28,7 +25,6 @@ from launch.bench_kinds import bandwidth
 from launch.bench_memory import Bandwidth, measure_bandwidth, reduction_floor
 from launch.bench_request import CONTROL, OURS, Request
 from launch.bench_rivals import Competitor, Mpi, Ours, TorchGloo
-from launch.child import Link
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes messages: "progress", "row", "memory", "done"; see `Rank`."""
@@ -219,27 +215,3 @@ class Rank:
 def _median_of_slowest(samples: list[list[float]]) -> float:
     """Return the median over the turns of the time of the slowest rank."""
     return float(statistics.median(map(max, zip(*samples, strict=True))))
-
-
-def main() -> int:
-    """Be a rank that `ringhold bench` started: the order to start comes down the control pipe."""
-    link = Link.enter()
-    orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    link.listen(orders.put)
-    order = orders.get()
-
-    def tell(message: dict[str, Any]) -> None:
-        link.report(message.pop("type"), **message)
-
-    try:
-        request = Request.from_json(order["request"])
-        with Rank(request, Place(**order["place"]), tell) as rank:
-            rank.measure()
-    except RingholdError as error:
-        link.report("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
