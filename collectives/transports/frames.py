@@ -202,8 +202,8 @@ class Link:
         note.got += count
         if note.got == len(note.view):
             self._arriving = None
-            if note.own is not None:
-                self.landings.pop(note.channel, None)  # whoever wants it there gets this one, and copies it
+            # A landing given while this note was arriving is its reader's, never the next one's: that would overwrite it.
+            self.landings.pop(note.channel, None)
             notes.append((note.channel, LANDED if note.own is None else bytes(note.own)))
 
     def _raise_if_over(self) -> None:

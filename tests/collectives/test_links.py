@@ -338,6 +338,44 @@ def test_a_note_that_lands_leaves_no_trace(pair: tuple[PeerLinks, PeerLinks]) ->
         assert right.recv(0, 1, SOON) == second
 
 
+def test_news_from_others_leaves_no_trace_of_a_note_that_is_landing(
+    make: Callable[[int], Mesh], pool: ThreadPoolExecutor
+) -> None:
+    """A reader that looks again while its note is half here offers its memory to that one, and not to the next."""
+    crew = make(3)
+    for future in crew.connect():
+        future.result()
+    reader, slow, other = crew.links
+    size = 100_000
+    first, second = memoryview(b"1" * size), memoryview(b"2" * size)
+    sock = slow._links[0]._sock
+    frame = frame_of(first, 1)
+    into = bytearray(size)
+    landed = pool.submit(reader.recv_into, 1, 1, memoryview(into))
+    while 1 not in reader._links[1].landings:
+        time.sleep(0.001)
+    sock.sendall(frame[: size // 2])
+    while 1 in reader._links[1].landings:
+        time.sleep(0.001)
+    other.send(0, b"news", 1)
+    while not reader._inbox.get((2, 1)):
+        time.sleep(0.001)
+    time.sleep(0.05)  # the reader goes back to its note
+    sock.sendall(frame[size // 2 :])
+    landed.result(SOON)
+    slow.send(0, second, 1)
+    slow.send(0, b"nudge", 2)
+    assert reader.recv(1, 2, SOON) == b"nudge"
+    assert into == first
+    assert reader.recv(1, 1, SOON) == second
+
+
+def frame_of(payload: memoryview, channel: int) -> bytes:
+    """A large note as it is on the wire."""
+    check = zlib.crc32(b"", (len(payload) * 0x9E3779B1 ^ channel) & 0xFFFFFFFF)
+    return struct.pack("<III", len(payload), channel, check) + payload
+
+
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_a_note_of_the_wrong_length_is_refused(pair: tuple[PeerLinks, PeerLinks], size: int) -> None:
     left, right = pair
