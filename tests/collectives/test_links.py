@@ -55,7 +55,7 @@ class Mesh:
     def make(self, rank: int, key: bytes = KEY, epoch: int | None = None, nonce: bytes = NONCE) -> PeerLinks:
         return PeerLinks(self.listeners[rank], rank, self.addresses, key, epoch or self.epoch, nonce)
 
-    def connect(self, timeout: float = SOON) -> list[Future[None]]:
+    def connect(self, timeout: float = SOON) -> list[Future[Any]]:
         return [self._pool.submit(links.connect, timeout) for links in self.links]
 
     def close(self) -> None:
