@@ -40,7 +40,7 @@ class _Entry(NamedTuple):
     make: Callable[..., Schedule]
     takes: frozenset[str]
     scales: bool
-    """Whether steps and rows are few enough to be looked through in a world of thousands."""
+    """Whether rows, and steps that are not alike, are few enough to be looked through in a world of thousands."""
 
 
 def _entry(make: Callable[..., Schedule], *takes: str, scales: bool = False) -> _Entry:
@@ -49,7 +49,7 @@ def _entry(make: Callable[..., Schedule], *takes: str, scales: bool = False) -> 
 
 _TABLE: dict[str, dict[str, _Entry]] = {
     "all_reduce": {
-        "ring": _entry(ring.all_reduce, "finish", "order"),
+        "ring": _entry(ring.all_reduce, "finish", "order", scales=True),
         "bidirectional": _entry(bidirectional.all_reduce, "finish", "order"),
         "doubling": _entry(doubling.all_reduce, "finish", scales=True),
         "halving_doubling": _entry(halving_doubling.all_reduce, "finish", scales=True),
@@ -58,14 +58,14 @@ _TABLE: dict[str, dict[str, _Entry]] = {
         "hierarchical": _entry(hierarchical.all_reduce, "finish", "hosts", scales=True),
     },
     "reduce_scatter": {
-        "ring": _entry(ring.reduce_scatter, "finish", "counts", "order"),
+        "ring": _entry(ring.reduce_scatter, "finish", "counts", "order", scales=True),
         "bidirectional": _entry(bidirectional.reduce_scatter, "finish", "counts", "order"),
         "halving_doubling": _entry(halving_doubling.reduce_scatter, "finish", "counts", scales=True),
         "direct": _entry(direct.reduce_scatter, "finish", "counts"),
         "hierarchical": _entry(hierarchical.reduce_scatter, "finish", "counts", "hosts"),
     },
     "all_gather": {
-        "ring": _entry(ring.all_gather, "counts", "order"),
+        "ring": _entry(ring.all_gather, "counts", "order", scales=True),
         "bidirectional": _entry(bidirectional.all_gather, "counts", "order"),
         "halving_doubling": _entry(halving_doubling.all_gather, "counts", scales=True),
         "direct": _entry(direct.all_gather, "counts"),
@@ -195,7 +195,7 @@ def choose(
 
     The algorithm is the one with the least estimate (`collectives.cost`) for the next power of two of bytes; of some
     that are about as good, the one that the profile favours, else the one that is first in `names`. In worlds of more
-    than 64 ranks only algorithms of few steps and messages are considered; there an all-to-all is judged by what is
+    than 64 ranks only algorithms of few rows a step are considered; there an all-to-all is judged by what is
     best for blocks of that size among 64 ranks.
 
     Args:

@@ -115,6 +115,10 @@ rest of a 4 KiB operation is `operation`. Only ratios count for a choice. An shm
 so what it reads from all at once it need not pass on."""
 
 
+_STEPS = 128
+"""So many steps of a schedule are looked at."""
+
+
 def profile_of(transport: str) -> Profile:
     """The profile of a transport of this name; that of "sockets" for one that is not known."""
     return PROFILES.get(transport, PROFILES["sockets"])
@@ -124,7 +128,7 @@ def estimate(schedule: Schedule, profile: Profile, itemsize: int = 1, hosts: Seq
     """Seconds that a schedule takes, about; the same to the bit on any machine, as all is added up in a fixed order.
 
     Args:
-        schedule: of any kind.
+        schedule: of any kind. Of more than 128 steps some are taken for all; those of long schedules are alike.
         profile: of the transport.
         itemsize: bytes of an element.
         hosts: the number of each rank's host; None: all on one.
@@ -136,8 +140,9 @@ def estimate(schedule: Schedule, profile: Profile, itemsize: int = 1, hosts: Seq
     if hosts is not None and len(hosts) != schedule.world:
         raise UsageError(f"hosts must be one number a rank; there are {len(hosts)} for a world of {schedule.world}")
     account = _Account(profile, itemsize, np.unique(hosts or [0] * schedule.world, return_inverse=True)[1])
-    for index in range(len(schedule)):
-        account.add(schedule.step(index))
+    looked_at = range(0, len(schedule), -(-len(schedule) // _STEPS) or 1)
+    for index in looked_at:
+        account.add(schedule.step(index), len(schedule) / len(looked_at))
     return profile.operation + account.seconds
 
 
@@ -161,8 +166,11 @@ class _Account:
         busiest = max(float((self._moved.max(axis=0) + self._worked).max()), float(self._crossed.max()))
         return min(self._in_turn, busiest + self._first_segment)
 
-    def add(self, step: Step) -> None:
-        """Account for a step. What one rank sends another in a step counts as one message for each segment of it."""
+    def add(self, step: Step, times: float) -> None:
+        """Account for a step, so many times.
+
+        What one rank sends another in a step counts as one message for each segment of it.
+        """
         profile = self._profile
         size = self._bytes(step)
         pairs, row = np.unique(step.src.astype(np.int64) * self._world + step.dst, return_inverse=True)
@@ -180,11 +188,11 @@ class _Account:
         crossed = _out_and_in(self._host[src], self._host[dst], crossing, self._hosts)
         latency = np.where(far, profile.far.latency, profile.near.latency).max(initial=0.0)
         passing = (np.minimum(load, NOTE_BYTES) / rate + 2 * profile.overhead).max(initial=0.0)
-        self._in_turn += float(latency + max((moved.max(axis=0) + work).max(), crossed.max()))
-        self._first_segment += float(latency + passing)
-        self._moved += moved
-        self._worked += work
-        self._crossed += crossed
+        self._in_turn += times * float(latency + max((moved.max(axis=0) + work).max(), crossed.max()))
+        self._first_segment += times * float(latency + passing)
+        self._moved += times * moved
+        self._worked += times * work
+        self._crossed += times * crossed
 
     def _bytes(self, rows: Step | Computes) -> Floats:
         return ((rows.stop - rows.start) * self._itemsize).astype(np.float64)

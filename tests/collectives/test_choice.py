@@ -120,6 +120,7 @@ def test_worlds_of_thousands_are_chosen_for_from_what_scales() -> None:
         for nbytes in (2**10, 2**26):
             assert choice.choose(kind, 2048, nbytes) in choice.names(kind)
     assert choice.choose("all_reduce", 2048, 2**26, hosts=hosts) == "hierarchical"
+    assert choice.choose("all_gather", 2048, 2**26, hosts=hosts) == "ring", "neighbours that share a host"
 
 
 def test_sizes_share_the_choice_of_their_power_of_two() -> None:

@@ -61,6 +61,11 @@ def test_segments_that_are_passed_on_fill_a_chain() -> None:
     assert cost("broadcast", "ring", 5, 1) == EXACT(4 * (0.5 + 0.25 + 1 / 100)), "a single segment only hops"
 
 
+def test_long_schedules_are_judged_by_some_of_their_steps() -> None:
+    step = 0.5 + 2 * 0.25 + 100 / 100
+    assert cost("all_gather", "ring", 1000, 100_000) == EXACT(999 * step)
+
+
 def test_a_hosts_ranks_share_its_link() -> None:
     hosts = [0, 0, 1, 1]
     latency_and_messages = 4.0 + 6 * 0.25
