@@ -9,6 +9,7 @@ untouched. The outcome names the members whose data are in it.
 """
 
 import atexit
+import math
 import os
 import time
 import weakref
@@ -17,7 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
+from collectives.arena import process_arena
 from collectives.calls import Collectives
 from collectives.epochs import Epochs
 from collectives.errors import (
@@ -81,8 +84,9 @@ class Communicator(Collectives, PointToPoint):
             coordinator: HOST:PORT; empty: RINGHOLD_COORDINATOR.
             run: name of the run, the same for the coordinator and all members.
             token: the shared secret; None: RINGHOLD_TOKEN, else the file that RINGHOLD_TOKEN_FILE names.
-            transport: "gloo" (torch's gloo carries the bulk), or "sockets" (our own links do: Unix-domain sockets
-                within a host, TCP between); the same for all members.
+            transport: "gloo" (torch's gloo carries the bulk), "sockets" (our own links do: Unix-domain sockets within
+                a host, TCP between), "shm" (members of one host read each other's memory) or "mpi"; the same for all
+                members. "emulated:" before it shapes the links as the topology of the options says.
             options: see `Options`.
             on_event: as `on_event`, from the start.
 
@@ -238,6 +242,15 @@ class Communicator(Collectives, PointToPoint):
         if self._groups.setdefault(name, chosen) != chosen:
             raise UsageError(f"sub-group {name!r} is {list(self._groups[name])}, not {list(chosen)}; take another name")
         return SubGroup(name, chosen, self._lanes)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return an uninitialized tensor for data that are often reduced: gradients, buckets.
+
+        With transport "shm" it lies in registered memory: peers map it, and reductions read it where it is.
+        """
+        if self._epochs is None or not self._epochs.lends:
+            return torch.empty(shape, dtype=dtype)
+        return process_arena().empty(math.prod(shape), dtype).view(shape)
 
     # --- membership at safe points ---
 

@@ -84,6 +84,11 @@ class Epochs:
         """Host and port that other members reach this one's links at."""
         return self._options.advertise or self._options.listen, self._listener.address[1]
 
+    @property
+    def lends(self) -> bool:
+        """Whether the transports let peers read memory where it is; see `Transport.lends`."""
+        return TRANSPORTS[self._kind].lends
+
     def transport(self, epoch: int) -> Transport | None:
         """Return the transport of that epoch if it is ready.
 

@@ -161,13 +161,15 @@ class _Hand:
     def do_close(self) -> None:
         self.transport.close()
 
-    def do_send(self, peer: int, sizes: list[int], dtype: str) -> None:
+    def do_send(self, peer: int, sizes: list[int], dtype: str, registered: bool = False) -> None:
         """Send tensors of these sizes, all posted at once; their values name rank and position."""
         import torch
 
+        from collectives.arena import process_arena
+
+        empty: Callable[..., Any] = process_arena().empty if registered else torch.empty
         tensors = [
-            torch.full((size,), self.transport.rank * 10 + i, dtype=getattr(torch, dtype))
-            for i, size in enumerate(sizes)
+            empty(size, dtype=getattr(torch, dtype)).fill_(self.transport.rank * 10 + i) for i, size in enumerate(sizes)
         ]
         for pending in [self.transport.send(peer, tensor, 1) for tensor in tensors]:
             pending.wait()

@@ -1,4 +1,4 @@
-"""Both socket transports in real processes: order, deaths and stops, aborts, and that nothing is left behind."""
+"""The transports in real processes: order, deaths and stops, aborts, and that nothing is left behind."""
 
 import signal
 import time
@@ -118,6 +118,21 @@ def test_memory_in_flight_is_kept_until_the_transport_is_gone(crew: Crew, kind: 
     assert gone
     assert kept or kind == "sockets", "a receive that nobody waits for is not in flight over sockets"
     assert crew.run("close", 2) == [None, None]
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_what_an_owner_offered_and_gave_up_is_not_taken(crew: Crew, registered: bool) -> None:
+    crew.connect(2, "shm")
+    crew.start(0, "send", peer=1, sizes=[600_000], dtype="float32", registered=registered)
+    crew.start(1, "receive", peer=0, sizes=[600_000], dtype="float32")
+    assert (crew.reply(1).value, crew.reply(0).error) == ([True], "")
+    crew.start(0, "send", peer=1, sizes=[600_000], dtype="float32", registered=registered)
+    time.sleep(0.2)
+    crew.start(0, "!abort")
+    assert crew.reply(0, WAKES).error == "TransportLost"
+    crew.start(1, "receive", peer=0, sizes=[600_000], dtype="float32")
+    reply = crew.reply(1, WAKES)
+    assert (reply.error, reply.peer) == ("TransportLost", None), "the membership decides about its owner"
 
 
 def test_rebuilding_leaves_nothing_behind(crew: Crew, kind: str) -> None:

@@ -1,0 +1,58 @@
+"""What the members do in `test_r10_memory`: operations on memory that peers map, and on such that they may not read."""
+
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+
+from collectives.arena import process_arena
+from collectives.communicator import Communicator
+from collectives.transports.remote import RemoteMemory
+from tests.conformance.values import exact, reduced
+from tests.harness.peer import Peer, bits
+
+SIZES = (1, 1000, 300_000, 1_500_007)
+
+
+def registered(comm: Communicator, mapped: bool) -> list[str]:
+    """All-reduces in registered memory, next to some in ordinary memory; digests of the results."""
+    digests = []
+    for number, count in enumerate(SIZES):
+        inputs = [exact(rank, [count], torch.float32, "sum", number) for rank in range(comm.size)]
+        for algorithm in ("ring", "direct", "doubling"):
+            tensor = comm.empty(count)
+            if comm.rank == 0 and algorithm == "direct":
+                tensor = torch.empty(count)
+            else:
+                assert (process_arena().offset(tensor) is not None) == mapped
+            tensor.copy_(inputs[comm.rank])
+            out = comm.all_reduce(tensor, inplace=False, algorithm=algorithm).result
+            assert torch.equal(tensor, inputs[comm.rank])
+            comm.all_reduce(tensor, algorithm=algorithm)
+            assert out is not None
+            assert torch.equal(out, reduced(inputs, "sum"))
+            assert torch.equal(out, tensor)
+            digests.append(bits(tensor))
+    return digests
+
+
+def unreadable(peer: Peer, blind: list[int]) -> dict[str, Any]:
+    """Those of these numbers may not read other processes' memory, as in a container without that permission."""
+    original = RemoteMemory.may_read
+    number = int(peer.name.rsplit("-", 1)[1])
+
+    def may_read(memory: RemoteMemory) -> bool:
+        return original(memory) and number not in blind
+
+    with mock.patch.object(RemoteMemory, "may_read", may_read):
+        comm = peer.join()
+    digests = registered(comm, mapped=True)
+    gathered = comm.all_gather(torch.full((50_000,), comm.rank)).result
+    assert gathered is not None
+    assert torch.equal(gathered, torch.arange(comm.size)[:, None].expand(-1, 50_000))
+    comm.barrier()
+    comm.barrier()  # its notes come behind the acknowledgements
+    held = os.fstat(process_arena().descriptor).st_blocks
+    comm.leave()
+    return {"digests": digests, "held": held}
