@@ -38,7 +38,9 @@ _SPECIAL = 255
 that all contributions are zeros; so bins are numbered from 1."""
 _COUNTS = (0, 20, 40)
 """At which bit of the limb the three counts begin."""
-_TILE = 2**15
+_EXACT = 2**7
+"""So many digits add up to less than 2**53, which fp64 holds exactly."""
+_TILE = 2**16
 """Elements that are worked on at once, about; they stay in the cache."""
 
 
@@ -93,7 +95,7 @@ class Accumulator:
         for first in range(0, slots.shape[1], step):
             part = slots[:, first : first + step]
             count = part.view(torch.int64)[:, :, 0].sum(0)
-            values = self._value(*self._add(part), count if average else None)
+            values = self._value(*self._add(part), count, average)
             tile = made[first : first + step]
             tile.view(torch.int64)[:, 0] = count
             tile.view(self.dtype)[:, 8 // self.dtype.itemsize :] = values
@@ -147,25 +149,32 @@ class Accumulator:
 
     def _split(self, parts: Sequence[Tensor], exponent: Tensor, limbs: Sequence[Tensor]) -> None:
         """Write the sums of the digits of `parts` * 2**exponent to the limbs."""
-        for number, part in enumerate(parts):
-            rest = self._scaled(part.to(torch.float64, copy=True), exponent)
-            for place, limb in enumerate(limbs):
-                if place:
-                    rest.mul_(2.0**WIDTH)
-                digit = rest.to(torch.int64)
-                if number:
-                    limb.add_(digit)
+        for first in range(0, len(parts), _EXACT):
+            sums: list[Tensor] = []
+            for part in parts[first : first + _EXACT]:
+                digits = self._digits_of(part, exponent)
+                sums = [total.add_(digit) for total, digit in zip(sums, digits, strict=True)] if sums else digits
+            for limb, total in zip(limbs, sums, strict=True):
+                if first:
+                    limb.add_(total.to(torch.int64))
                 else:
-                    limb.copy_(digit)
-                if place < self.limbs - 1:
-                    rest.sub_(digit)
+                    limb.copy_(total)
+
+    def _digits_of(self, part: Tensor, exponent: Tensor) -> list[Tensor]:
+        """The digits of `part` * 2**exponent, fp64, the highest first."""
+        rest = self._scaled(part.to(torch.float64, copy=True), exponent)
+        digits = []
+        for _ in range(self.limbs - 1):
+            digits.append(rest.trunc())
+            rest.sub_(digits[-1]).mul_(2.0**WIDTH)
+        return [*digits, rest.trunc_()]
 
     def _add(self, slots: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Add accumulators (members, b, up): their highest bins, (b, block) or one for all, and limbs (b, block)."""
         bins = self._bins(slots)
         highest = bins.amax()
-        if highest < _SPECIAL and ((bins == highest) | (bins == 0)).all():
-            return highest, [digits.sum(0) for digits in self._digits(slots)]
+        if highest < _SPECIAL and (bins - 1).amin() >= highest - 1:  # 0 wraps around: it is of no bin
+            return highest, [_sum(digits) for digits in self._digits(slots)]
         top = bins.amax(0)
         total = [torch.zeros(top.shape, dtype=torch.int64) for _ in range(self.limbs)]
         for member, row in enumerate(slots):
@@ -175,18 +184,19 @@ class Accumulator:
                     limb.add_(torch.where(lower == shift, digit, 0))
         return top, total
 
-    def _value(self, top: Tensor, limbs: list[Tensor], count: Tensor | None) -> Tensor:
-        """The accumulators as numbers (b, block), divided by the counts (b,)."""
+    def _value(self, top: Tensor, limbs: list[Tensor], count: Tensor, average: bool) -> Tensor:
+        """The accumulators of `count` (b,) contributions as numbers (b, block)."""
         special = top == _SPECIAL
         odd = _uncounted(limbs[0]) if special.any() else None
-        for high, low in zip(limbs[-2::-1], limbs[:0:-1], strict=True):
-            carry = low + (1 << WIDTH - 1) >> WIDTH  # to digits of least magnitude: adding them then cancels nothing
-            low.sub_(carry << WIDTH)
-            high.add_(carry)
+        if self.limbs > 2 or count.amax() > _EXACT:  # else fp64 holds both limbs, and their sum is rounded once
+            for high, low in zip(limbs[-2::-1], limbs[:0:-1], strict=True):
+                carry = low + (1 << WIDTH - 1) >> WIDTH  # to digits of least magnitude: adding them cancels nothing
+                low.sub_(carry << WIDTH)
+                high.add_(carry)
         value = limbs[-1].to(torch.float64)
         for limb in reversed(limbs[:-1]):
             value.mul_(2.0**-WIDTH).add_(limb)
-        if count is not None:
+        if average:
             value.div_(count.unsqueeze(1))
         if odd is None:
             return self._scaled(value, self._place(top)).to(self.dtype)
@@ -238,6 +248,16 @@ _RECIPROCAL = -(-(1 << _SHIFT) // WIDTH)
 def _power(exponent: Tensor) -> Tensor:
     """2**exponent in fp64, of int64 between -1022 and 1023."""
     return (exponent + 1023 << 52).view(torch.float64)
+
+
+def _sum(digits: Tensor) -> Tensor:
+    """Add limbs (members, b, block); torch's own sum takes three times as long over so few."""
+    if len(digits) == 1:
+        return digits[0].clone()
+    total = digits[0] + digits[1]
+    for more in digits[2:]:
+        total.add_(more)
+    return total
 
 
 def _counted(values: Tensor) -> Tensor:

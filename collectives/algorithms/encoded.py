@@ -21,7 +21,7 @@ from collectives.algorithms.strand import remembered
 from collectives.region import Ints, Range, Ranges, split
 from collectives.schedule import Computes, Schedule, Step, column
 
-PIECE = 2**18
+PIECE = 2**19
 """Bytes of a slot, about: smaller ones pay more for messages, larger ones leave less to overlap."""
 
 

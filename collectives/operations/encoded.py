@@ -20,7 +20,10 @@ from collectives.operations.base import Plan, View
 from collectives.operations.reductions import AllReduce
 from collectives.reduction import ReduceOp
 from collectives.schedule import Schedule
-from collectives.staging import copy_out
+from collectives.staging import StagingPool, copy_out
+
+_pool = StagingPool()
+"""For records and results: of the size of tensors, and not needed for longer than an operation."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class Encoded(AllReduce):
     def source(self, view: View) -> Tensor:
         """This member's records, in order of blocks; they do not depend on the epoch."""
         if self.records is None:
-            self.records = torch.empty(self._blocks * self.up, dtype=torch.uint8)
+            self.records = _pool.take(self._blocks * self.up, torch.uint8)
             self.encode(self.records)
         return self.records
 
@@ -70,7 +73,7 @@ class Encoded(AllReduce):
 
     def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Decode into the caller's memory, or into a new tensor."""
-        values, first = torch.empty(self.tensor.numel(), dtype=self.work_dtype), 0
+        values, first = _pool.take(self.tensor.numel(), self.work_dtype), 0
         for records in pieces:
             last = min(first + records.numel() // self.down * self.block, values.numel())
             self.decode(records, values[first:last])
