@@ -19,6 +19,7 @@ from launch.bench_request import Request, parse_size, steps
 from launch.environment import Launcher, detect
 
 _DEFAULT_TRANSPORT = "gloo"
+_CALIBRATION_SIZES = (4096, 32768, 262144, 2097152, 8388608)
 
 
 @click.command("bench", context_settings={"max_content_width": 100})
@@ -67,6 +68,7 @@ _DEFAULT_TRANSPORT = "gloo"
     help="Write one JSON object a row; - for stdout, without the table.",
 )
 @click.option("--plot", "plot_to", type=click.Path(dir_okay=False, path_type=Path), help="Draw time over size (SVG).")
+@click.option("--calibrate", is_flag=True, help="Fit the cost model to this machine; --json is its profile then.")
 def command(collective: str | None, **given: Any) -> int:
     """Measure a collective as nccl-tests does, against gloo and MPI, and check its values.
 
@@ -109,15 +111,35 @@ def _peers(given: int | None, launcher: Launcher | None) -> int:
 
 def _request(collective: str | None, given: dict[str, Any], peers: int) -> Request:
     """Check the options and make the request of them. Raises `UsageError`."""
+    if given["calibrate"]:
+        return _calibration(collective, given, peers)
     if collective is None:
         raise UsageError(f"name a collective: {', '.join(KINDS)}")
     if given["root"] >= peers:
         raise UsageError(f"--root {given['root']} is no rank among {peers}; ranks begin at 0")
+    if collective == "barrier" and given["plot_to"]:
+        raise UsageError("a barrier has no sizes to draw over; drop --plot")
     first, last = parse_size(given["first"]), parse_size(given["last"])
     sizes = (0,) if collective == "barrier" else steps(first, last, given["factor"], parse_size(given["increment"]))
     names = ("transport", "algorithm", "dtype", "op", "root", "lanes", "rounds", "warmup", "checks")
     rivals = tuple(given["vs"].split(",")) if given["vs"] else ()
     return Request(kind=collective, sizes=sizes, rivals=rivals, **{name: given[name] for name in names})
+
+
+def _calibration(collective: str | None, given: dict[str, Any], peers: int) -> Request:
+    if collective is not None or given["vs"] or given["plot_to"]:
+        raise UsageError("--calibrate measures all_reduce by all algorithms; drop the collective, --vs and --plot")
+    if peers < 2:
+        raise UsageError("--calibrate needs two --peers or more: one moves nothing")
+    return Request(
+        kind="all_reduce",
+        sizes=_CALIBRATION_SIZES,
+        transport=given["transport"],
+        rounds=given["rounds"],
+        warmup=given["warmup"],
+        checks=given["checks"],
+        calibrate=True,
+    )
 
 
 if __name__ == "__main__":

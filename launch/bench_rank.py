@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from collectives.communicator import Communicator
 from collectives.gather_bytes import gather_bytes
 from collectives.options import Options
+from launch import bench_calibrate
 from launch.bench_cases import Case
 from launch.bench_kinds import bandwidth
 from launch.bench_memory import Bandwidth, measure_bandwidth, reduction_floor
@@ -37,6 +39,7 @@ _PATIENCE = 10.0
 """Heartbeat timeout unless the user sets one: a benchmark loads the machine fully and is no test of detection."""
 _LIMIT_FROM = 1 << 24
 """Smaller messages are not bound by memory but by caches (bytes)."""
+_LARGEST_COPY = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class Rank:
 
     def measure(self) -> int:
         """Measure all sizes; return how many values were wrong, on all ranks together."""
+        if self._request.calibrate:
+            return self._calibrate()
         request, wrong, row = self._request, 0, None
         forms = [
             inplace for inplace in (False, True) if (request.what.in_place if inplace else request.what.out_of_place)
@@ -93,6 +98,11 @@ class Rank:
     def _entrants(self) -> Iterator[tuple[str, Callable[[], Competitor]]]:
         """The competitors in order, ours first, and how to make them."""
         request, ranks = self._request, self._place.ranks
+        if request.calibrate:
+            comm = self._join(OURS, request.transport)
+            for algorithm in bench_calibrate.algorithms(ranks):
+                yield algorithm, lambda algorithm=algorithm: Ours(comm, algorithm)  # type: ignore[misc]
+            return
         for run, transport in request.runs.items():
             if run != CONTROL:
                 yield run, lambda run=run, transport=transport: Ours(self._join(run, transport), request.algorithm)  # type: ignore[misc]
@@ -117,10 +127,7 @@ class Rank:
         """Measure and check one size in one form, with everybody; the same on all ranks."""
         request = self._request
         cases = [Case(request, size, self._place.ranks) for _ in range(request.lanes)]
-        samples, batches = self._take_turns(cases, inplace)
-        wrong = {name: self._check(competitor, cases, inplace) for name, competitor in self._competitors.items()}
-        reports = self._gather({"samples": samples, "wrong": wrong})
-        times = {name: _median_of_slowest([report["samples"][name] for report in reports]) for name in samples}
+        times, wrong, batches = self._compare(cases, inplace)
         count = sum(case.each for case in cases)
         moved = sum(case.count for case in cases) * cases[0].dtype.itemsize
         ours = times[OURS]
@@ -139,18 +146,46 @@ class Rank:
             "time_us": ours * 1e6,
             "algbw": algbw,
             "busbw": algbw * request.what.factor(self._place.ranks),
-            "wrong": sum(report["wrong"][OURS] for report in reports),
+            "wrong": wrong[OURS],
             "rounds": request.rounds,
             "batch": batches[OURS],
             "vs": {
                 name: {
                     "time_us": times[name] * 1e6,
                     "ratio": times[name] / ours,
-                    "wrong": sum(report["wrong"][name] for report in reports),
+                    "wrong": wrong[name],
                 }
                 for name in request.rivals
             },
         }
+
+    def _compare(self, cases: list[Case], inplace: bool) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
+        """By competitor: seconds an operation, wrong values on all ranks, operations a turn; the same on all ranks."""
+        samples, batches = self._take_turns(cases, inplace)
+        wrong = {name: self._check(competitor, cases, inplace) for name, competitor in self._competitors.items()}
+        reports = self._gather({"samples": samples, "wrong": wrong})
+        times = {name: _median_of_slowest([report["samples"][name] for report in reports]) for name in samples}
+        return times, {name: sum(report["wrong"][name] for report in reports) for name in samples}, batches
+
+    def _calibrate(self) -> int:
+        """Measure every algorithm at all sizes, fit the cost model, tell the profile."""
+        request, ranks = self._request, self._place.ranks
+        times: dict[str, dict[int, float]] = {name: {} for name in self._competitors}
+        wrong = 0
+        for number, size in enumerate(request.sizes):
+            self._say("progress", done=number, of=len(request.sizes), size=size)
+            found, wrong_now, _ = self._compare([Case(request, size, ranks)], False)
+            wrong += sum(wrong_now.values())
+            for name, seconds in found.items():
+                times[name][size] = seconds
+        host = self._measure_memory(_LARGEST_COPY)
+        if self._place.rank == 0:
+            found_fit = bench_calibrate.fit(request.transport, ranks, times)
+            profile = msgspec.to_builtins(found_fit.profile)
+            about = {"error": found_fit.error, "worst": found_fit.worst, "loss": found_fit.loss}
+            self._say("profile", profile=profile, times=times, copy=host.copy, add=host.add, **about)
+        self._say("done", wrong=wrong)
+        return wrong
 
     def _take_turns(self, cases: list[Case], inplace: bool) -> tuple[dict[str, list[float]], dict[str, int]]:
         """Seconds an operation of this rank, a number for each competitor's turn; and operations in a turn."""
@@ -196,13 +231,17 @@ class Rank:
 
     def _compare_with_memory(self, row: dict[str, Any]) -> None:
         """Tell what of the host's memory bandwidth the all-reduce of `row` reaches."""
-        self._control.barrier()
-        mine = measure_bandwidth(min(row["size"], 1 << 26))
-        reports = [Bandwidth(**report) for report in self._gather({"copy": mine.copy, "add": mine.add})]
-        host = Bandwidth(sum(report.copy for report in reports), sum(report.add for report in reports))
+        host = self._measure_memory(min(row["size"], _LARGEST_COPY))
         floor = reduction_floor(row["size"], self._place.ranks, host)
         fraction = floor / (row["time_us"] / 1e6)
         self._say("memory", copy=host.copy, add=host.add, size=row["size"], floor_us=floor * 1e6, fraction=fraction)
+
+    def _measure_memory(self, size: int) -> Bandwidth:
+        """Measure all ranks at once; return what they have together."""
+        self._control.barrier()
+        mine = measure_bandwidth(size)
+        reports = self._gather({"copy": mine.copy, "add": mine.add})
+        return Bandwidth(sum(report["copy"] for report in reports), sum(report["add"] for report in reports))
 
     def _gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(row) for row in gather_bytes(self._control, json.dumps(mine).encode()).rows]

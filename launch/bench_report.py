@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,8 +67,13 @@ class Report:
                     f"{message['add'] / _GIB:.1f} GiB/s, all ranks together; all_reduce of {message['size']} B reaches "
                     f"{100 * message['fraction']:.0f}% of what that allows ({message['floor_us']:.0f} us)"
                 )
-            case "done":
+            case "profile":
+                self._clear()
+                self._profile(message)
+            case "done" if not self._request.calibrate:
                 self._end(message["wrong"])
+            case "done":
+                self._print(f"# Out of bounds values : {message['wrong']} {'FAILED' if message['wrong'] else 'OK'}")
 
     def _row(self, row: dict[str, Any]) -> None:
         if not self._rows:
@@ -110,6 +116,29 @@ class Report:
         rivals = "".join(f" {row['vs'][name]['ratio']:>10.2f}" for name in self._request.rivals)
         return f"{row['time_us']:>9.1f} {row['algbw']:>7.2f} {row['busbw']:>7.2f} {row['wrong']:>7}{rivals}"
 
+    def _profile(self, message: dict[str, Any]) -> None:
+        """Write the profile of the cost model, whole at once, and print what it says and how well it fits."""
+        profile, (error, algorithm, size) = message["profile"], message["worst"]
+        if self._json is not None:
+            self._json.write(json.dumps(profile, indent=2) + "\n")
+        near = profile["near"]
+        lines = (
+            f"# all_reduce of every algorithm, {self._peers} ranks, transport {self._request.transport}: "
+            f"{len(message['times'])} algorithms, {len(self._request.sizes)} sizes",
+            f"alpha, a hop           {near['latency'] * 1e6:10.1f} us",
+            f"overhead, a message    {profile['overhead'] * 1e6:10.1f} us at each end",
+            f"operation              {profile['operation'] * 1e6:10.1f} us: header, confirmation",
+            f"beta, a byte moved     {1e9 / near['bandwidth']:10.4f} ns ({near['bandwidth'] / 1e9:.2f} GB/s)",
+            f"gamma, a byte reduced  {1e9 / profile['reduce_rate']:10.4f} ns ({profile['reduce_rate'] / 1e9:.2f} GB/s)",
+            f"memory, all ranks      {message['copy'] / _GIB:10.2f} GiB/s copied, "
+            f"{message['add'] / _GIB:.2f} GiB/s added",
+            f"# Residual: {100 * math.expm1(message['error']):.0f}% (root mean square of the logarithm), at worst a "
+            f"factor of {math.exp(abs(error)):.2f} ({algorithm}, {size} B)",
+            f"# What it finds fastest takes {message['loss']:.2f} of the time of what is, on average over the sizes",
+        )
+        for line in lines:
+            self._print(line)
+
     def _end(self, wrong: int) -> None:
         ours = sum(row["wrong"] for row in self._rows)
         self._print(f"# Out of bounds values : {ours} {'FAILED' if ours else 'OK'}")
@@ -136,7 +165,7 @@ class Report:
             for name, microseconds in times.items():
                 lines.setdefault(f"{name}, {form}", []).append((row["size"], microseconds))
         title = f"{self._request.kind}, {self._peers} ranks on one host"
-        path.write_text(line_chart(lines, title=title, x_label="bytes", y_label="microseconds", log_x=True, log_y=True))
+        path.write_text(line_chart(lines, title, "bytes", "microseconds", log_x=True, log_y=True, x_format=_short))
 
     def _print(self, line: str) -> None:
         if self._table:
@@ -146,3 +175,11 @@ class Report:
         """Take the progress line away."""
         if self._progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _short(size: float) -> str:
+    """Write a number of bytes with its unit: 64K."""
+    for unit, bytes_ in (("G", 2**30), ("M", 2**20), ("K", 2**10)):
+        if size >= bytes_:
+            return f"{size / bytes_:.3g}{unit}"
+    return f"{size:.3g}"

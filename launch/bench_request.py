@@ -43,6 +43,8 @@ class Request:
     rounds: int = 20
     warmup: int = 3
     checks: int = 2
+    calibrate: bool = False
+    """Instead of rivals, all algorithms take turns, and the cost model is fitted to their times."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
