@@ -34,7 +34,7 @@ TRANSPORTS: dict[str, type[GlooTransport | SocketTransport | ShmTransport | MpiT
 
 
 class Epochs:
-    """The transports of one member, one epoch after the other.
+    """The transports of one member, one epoch after the other; `kind` is what they are, or wrap.
 
     Args:
         kind: name of the transport.
@@ -61,7 +61,7 @@ class Epochs:
         if plain not in TRANSPORTS:
             raise OptionError(f"unknown transport {kind!r}; there are {', '.join(sorted(TRANSPORTS))}")
         TRANSPORTS[plain].prepare()
-        self._kind = plain
+        self.kind = plain
         self._network = network(options.topology) if kind != plain else None
         self._key = link_key(token, run)
         self._options = options
@@ -87,7 +87,7 @@ class Epochs:
     @property
     def lends(self) -> bool:
         """Whether the transports let peers read memory where it is; see `Transport.lends`."""
-        return TRANSPORTS[self._kind].lends
+        return TRANSPORTS[self.kind].lends
 
     def transport(self, epoch: int) -> Transport | None:
         """Return the transport of that epoch if it is ready.
@@ -173,7 +173,7 @@ class Epochs:
     def _make(self, decision: Decision, member: int) -> Built:
         rank = [info.member for info in decision.members].index(member)
         addresses = [(info.host, info.port) for info in decision.members]
-        make = TRANSPORTS[self._kind]
+        make = TRANSPORTS[self.kind]
         transport: Built = make(
             self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, hostname=self._options.listen
         )

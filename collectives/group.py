@@ -318,7 +318,7 @@ class Group(Runner):
     def _view_of(self, lane: str, epoch: int) -> View:
         core = self._session.core
         members = core.members_of(lane, epoch)
-        return View(epoch, members, members.index(core.member))
+        return View(epoch, members, members.index(core.member), self._epochs.kind)
 
     def _part(self, lane: str, epoch: int, transport: Transport) -> tuple[View, Transport]:
         """Return the view of an attempt, and the transport among those that it names."""

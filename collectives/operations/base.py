@@ -26,11 +26,12 @@ ON_LOSS = ("retry", "raise")
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An epoch as one member sees it: its number, the members by rank, and this member's rank."""
+    """An epoch as one member sees it: its number, the members by rank, this member's rank, the run's transport."""
 
     epoch: int
     members: tuple[int, ...]
     rank: int
+    transport: str = ""
 
     @property
     def size(self) -> int:
@@ -193,7 +194,7 @@ class Operation(Call):
         """Name of the algorithm: the caller's choice, or what suits the number of bytes."""
         if self.algorithm != "auto":
             return self.algorithm
-        return _choose(self.collective, view.size, self.count(view) * self.work_dtype.itemsize)
+        return _choose(self.collective, view.size, self.count(view) * self.work_dtype.itemsize, view.transport)
 
     def schedule(self, view: View) -> Schedule:
         """Build the schedule for these ranks. Raises `UsageError` if the algorithm has none."""
@@ -229,9 +230,9 @@ class Operation(Call):
 
 
 @lru_cache(maxsize=1024)
-def _choose(kind: str, world: int, nbytes: int) -> str:
+def _choose(kind: str, world: int, nbytes: int, transport: str) -> str:
     """Remember what was chosen: it is asked for with every operation."""
-    return choice.choose(kind, world, nbytes)
+    return choice.choose(kind, world, nbytes, profile=transport)
 
 
 @lru_cache(maxsize=256)
