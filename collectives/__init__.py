@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collectives.communicator import Communicator
+    from collectives.error_feedback import ErrorFeedback
     from collectives.options import Options
     from collectives.outcome import Outcome, Work
     from collectives.step import Step
     from collectives.sync import SyncReport
 
-__all__ = ["Communicator", "Options", "Outcome", "Step", "SyncReport", "Work"]
+__all__ = ["Communicator", "ErrorFeedback", "Options", "Outcome", "Step", "SyncReport", "Work"]
 
 _HOMES = {
     "Communicator": "communicator",
+    "ErrorFeedback": "error_feedback",
     "Options": "options",
     "Outcome": "outcome",
     "Step": "step",
