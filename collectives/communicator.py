@@ -336,10 +336,13 @@ class Communicator(Collectives, PointToPoint):
         return self._lanes.lane(name)
 
     def _pair_lane(self, name: str, pair: tuple[int, int]) -> Lane:
-        gone = () if self._session is None else self._session.core.lost
-        if strangers := [member for member in pair if member not in self._here() and member not in gone]:
+        known = {*self._here(), *self._lost_members()}
+        if strangers := [member for member in pair if member not in known]:
             raise UsageError(f"{strangers} are no members; the members are {list(self.members)} (ids, not ranks)")
         return self._lanes.lane(name, pair)
+
+    def _lost_members(self) -> frozenset[int]:
+        return frozenset() if self._session is None else self._session.core.lost
 
     def _here(self) -> tuple[int, ...]:
         """Ids of the members that the caller sees, and of those that it does not see yet."""

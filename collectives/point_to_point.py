@@ -6,28 +6,41 @@ calls and different tags apart.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal, overload
 
 from torch import Tensor
 
-from collectives.errors import UsageError
+from collectives.errors import MemberLost, UsageError
 from collectives.lanes import Lane, Lanes
 from collectives.membership.claims import lane_of
-from collectives.operations import Broadcast, View
+from collectives.operations import Broadcast, Operation, View
 from collectives.outcome import Outcome, Work
 
 
 @dataclass(slots=True, kw_only=True)
 class Message(Broadcast):
-    """One message: a broadcast between two, one transfer, that neither end can go on with alone."""
+    """One message: a broadcast between two, along a chain of one transfer. Neither can go on without the other (R6).
+
+    `lost` tells the ids of the members that are gone.
+    """
 
     kind: ClassVar[str] = "send_recv"
+    shrinks: ClassVar[bool] = False
+    algorithm: str = "ring"
+    lost: Callable[[], Collection[int]]
 
-    @property
-    def elastic(self) -> bool:
-        """Never: without the partner there is nothing left to do (rule R6)."""
-        return False
+    def run(self, execute: Callable[[Operation], Outcome]) -> Outcome:
+        """Execute it. What a sender alone has staged is no message: its receiver may have had none of it."""
+        outcome = execute(self)
+        here, there = self.view.members[self.view.rank], self.view.members[1 - self.view.rank]
+        if outcome.from_staging and here == self.root and there in self.lost():
+            text = (
+                f"{self.kind} {self.seq} of lane {self.lane!r}: member {there} was lost before it was known to have it"
+            )
+            raise MemberLost(text, (there,), (here,))
+        return outcome
 
 
 class PointToPoint(ABC):
@@ -43,6 +56,10 @@ class PointToPoint(ABC):
     @abstractmethod
     def _pair_lane(self, name: str, pair: tuple[int, int]) -> Lane:
         """Return the lane of a pair. Raises `UsageError` where one of them never was a member."""
+
+    @abstractmethod
+    def _lost_members(self) -> Collection[int]:
+        """Return the ids of the members that went since this one came."""
 
     @overload
     def send(
@@ -95,5 +112,7 @@ class PointToPoint(ABC):
         lane = self._pair_lane(lane_of(f"{source}>{destination}", pair, f"tag {tag}"), pair)
         # It is about both of them, also where one was lost before the call: whoever waits for it is told so.
         view = View(lane.view.epoch, pair, pair.index(self.member_id))
-        operation = Message(tensor=tensor, root=source, lane=lane.name, on_loss="retry", view=view, snapshot=snapshot)
+        operation = Message(
+            tensor=tensor, root=source, lane=lane.name, view=view, snapshot=snapshot, lost=self._lost_members
+        )
         return self._lanes.start(lane, operation, async_op)

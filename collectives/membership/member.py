@@ -103,7 +103,7 @@ class Member:
     verdicts: dict[tuple[str, int], RingholdError] = field(default_factory=dict)
     refused: dict[str, RingholdError] = field(default_factory=dict)
     """Lanes that take no operation any more: members disagree about the sub-group."""
-    lost: set[int] = field(default_factory=set)
+    lost: frozenset[int] = frozenset()
     """Members that went since this one came."""
     past: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Members of the epochs that a view or an outcome may still name."""
@@ -275,7 +275,7 @@ class Member:
             self._carry_over(decision)
         self.epoch = self.promised = decision.epoch
         self.decision = decision
-        self.lost.update(decision.lost)
+        self.lost |= set(decision.lost)
         self.past[decision.epoch] = tuple(info.member for info in decision.members)
         for verdict in decision.verdicts:
             if verdict.error == "disputed":
