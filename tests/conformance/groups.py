@@ -16,8 +16,9 @@ from collectives.membership.server import run_coordinator
 from collectives.options import Options
 from collectives.outcome import Outcome
 from collectives.subgroup import SubGroup
+from tests.conformance.kinds import input_of
 from tests.conformance.lanes import ask_for_error, total_of
-from tests.conformance.losses import dying, goes_on, input_of, witness
+from tests.conformance.losses import dying, goes_on, witness
 from tests.harness.peer import Peer
 
 

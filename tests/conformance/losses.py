@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from collectives import faults
-from collectives.algorithms import ring
 from collectives.communicator import Communicator
 from collectives.confirm import confirm
 from collectives.errors import MemberLost, TransportLost
 from collectives.outcome import Outcome
 from collectives.transports.base import Transport
-from tests.conformance.values import exact, reduced
+from tests.conformance.kinds import KINDS, End, average, input_of, result_of
 from tests.harness.peer import Peer, bits
 
 SMALL = 600
@@ -25,7 +24,6 @@ BULK = 1_100_004
 """Elements of single precision whose quarter is more than a transport sends as a note; divisible by 12."""
 ROW = 300_000
 """The same where the whole is sent."""
-PATTERN = 997
 
 
 def dying(peer: Peer) -> Callable[[str], None]:
@@ -39,81 +37,27 @@ def dying(peer: Peer) -> Callable[[str], None]:
     return die
 
 
-def input_of(member: int, count: int, number: int) -> Tensor:
-    """What a member gives to operation `number`: a pattern of exact values, over and over."""
-    return _tiled(_pattern(member, number), count)
-
-
-def average(members: Sequence[int], count: int, number: int) -> Tensor:
-    """The average of their inputs."""
-    return _tiled(reduced([_pattern(member, number) for member in members], "avg"), count)
-
-
-def _pattern(member: int, number: int) -> Tensor:
-    return exact(member, [PATTERN], torch.float32, "sum", number)
-
-
-def _tiled(pattern: Tensor, count: int) -> Tensor:
-    return pattern.repeat(-(-count // PATTERN))[:count]
-
-
-def perform(comm: Communicator, kind: str, tensor: Tensor, root: int, **how: Any) -> Outcome:
-    """One operation of the kind."""
-    actions: dict[str, Callable[[], Outcome]] = {
-        "all_reduce": lambda: comm.all_reduce(tensor, "avg", **how),
-        "all_reduce out of place": lambda: comm.all_reduce(tensor, "avg", inplace=False, **how),
-        "reduce_scatter": lambda: comm.reduce_scatter(tensor, "avg", **how),
-        "all_gather": lambda: comm.all_gather(tensor, **how),
-        "all_gather to out": lambda: comm.all_gather(tensor, out=torch.zeros(comm.size, *tensor.shape), **how),
-        "broadcast from a survivor": lambda: comm.broadcast(tensor, root, **how),
-        "broadcast from the victim": lambda: comm.broadcast(tensor, root, **how),
-        "barrier": lambda: comm.barrier(**how),
-        "exchange": lambda: comm.run(ring.all_reduce(comm.size, tensor.numel()), tensor, **how),
-    }
-    return actions[kind]()
-
-
-def expected(kind: str, who: Sequence[int], count: int, number: int, rank: int, root: int) -> Tensor | None:
-    """What it must give, by arithmetic, to the member of that rank if these contributed."""
-    match kind:
-        case "all_reduce" | "all_reduce out of place":
-            return average(who, count, number)
-        case "reduce_scatter":
-            return average(who, count, number).view(len(who), -1)[rank]
-        case "all_gather" | "all_gather to out":
-            return torch.stack([input_of(member, count, number) for member in who])
-        case "exchange":
-            return _tiled(reduced([_pattern(member, number) for member in who], "sum"), count)
-        case "barrier":
-            return None
-    return input_of(root, count, number)
-
-
 def witness(comm: Communicator, kind: str, size: str, number: int, root: int, **how: Any) -> dict[str, Any]:
     """Run one operation and tell all about its end."""
-    members, rank = comm.members, comm.rank
-    count = SMALL if size == "small" else BULK if kind in SCATTERED else ROW
+    this, members = KINDS[kind], comm.members
+    count = SMALL if size == "small" else ROW if this.whole else BULK
     tensor = input_of(comm.member_id, count, number)
     before = tensor.clone()
     report: dict[str, Any] = {"before": members, "member": comm.member_id}
     try:
-        outcome = perform(comm, kind, tensor, members[root], **how)
+        outcome = this.call(comm, tensor, members[root], **how)
     except MemberLost as error:
         report |= {"error": str(error), "lost": error.lost, "survivors": error.survivors}
         report |= {"intact": torch.equal(tensor, before)}
     else:
         who = outcome.contributors
-        want = expected(kind, who, count, number, rank, members[root])
+        want, result = this.expect(End(who, count, number, comm.member_id, members[root])), result_of(outcome)
         report |= {"contributors": who, "epoch": outcome.epoch, "from_staging": outcome.from_staging}
-        report |= {"right": outcome.result is want if want is None else torch.equal(_result(outcome), want)}
+        report |= {"right": result is None if want is None else result is not None and torch.equal(result, want)}
         # The bits of a share say nothing to the others.
-        report |= {"bits": "" if want is None or kind == "reduce_scatter" else bits(want)}
-        report |= {"intact": kind not in OUT_OF_PLACE or torch.equal(tensor, before)}
+        report |= {"bits": "" if want is None or this.alone else bits(want)}
+        report |= {"intact": this.in_place or torch.equal(tensor, before)}
     return report | {"after": comm.members, "rank": comm.rank}
-
-
-SCATTERED = ("all_reduce", "all_reduce out of place", "reduce_scatter", "exchange")
-OUT_OF_PLACE = ("all_reduce out of place", "reduce_scatter", "all_gather", "all_gather to out", "barrier")
 
 
 def _result(outcome: Outcome) -> Tensor:
@@ -127,15 +71,17 @@ def goes_on(comm: Communicator) -> bool:
     return bool(_result(total).item() == sum(comm.members)) and total.contributors == comm.members
 
 
-def mortal(peer: Peer, kind: str, point: str, size: str, victims: list[int], algorithm: str) -> None:
-    """Rounds of one operation; in each, the member of that rank dies at the point of it."""
+def mortal(peer: Peer, kind: str, points: list[str], size: str, victims: list[int]) -> None:
+    """Rounds of one operation; in each, the member of that rank dies at that point of it."""
     comm = peer.join()
-    fault_kind = kind.split(maxsplit=1)[0]
-    for number, victim in enumerate(victims):
+    for number, (victim, point) in enumerate(zip(victims, points, strict=True)):
         assert goes_on(comm)
         if comm.rank == victim:
-            faults.arm(point, dying(peer), kind=fault_kind, skip=number % 2 if comm.size > 3 else 0)
+            several = kind == "all_reduce_coalesced"  # three operations: it dies in another one each time
+            faults.arm(point, dying(peer), kind=kind.split(maxsplit=1)[0], skip=number if several else 0)
         root = victim if kind.endswith("the victim") else (victim + 1) % comm.size
+        # In some algorithms some ranks reduce nothing.
+        algorithm = KINDS[kind].algorithm if point == "reduce" else "auto"
         peer.say("report", **witness(comm, kind, size, number, root, algorithm=algorithm))
         assert goes_on(comm)
     comm.leave()

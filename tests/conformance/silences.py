@@ -12,8 +12,9 @@ from collectives import faults
 from collectives.communicator import Communicator
 from collectives.epochs import TRANSPORTS
 from collectives.errors import Evicted, TransportLost
+from tests.conformance.kinds import average, input_of
 from tests.conformance.lanes import ask_for_error
-from tests.conformance.losses import BULK, average, goes_on, input_of
+from tests.conformance.losses import BULK, goes_on
 from tests.harness.peer import Peer
 
 

@@ -7,7 +7,8 @@ import torch
 
 from collectives import faults
 from collectives.errors import MemberLost, StateLost
-from tests.conformance.losses import dying, goes_on, input_of
+from tests.conformance.kinds import input_of
+from tests.conformance.losses import dying, goes_on
 from tests.harness.peer import Peer, bits
 
 BUCKETS = 3
