@@ -335,17 +335,21 @@ class Plan:
     def _arranged(self, recvs: tuple[Recv, ...]) -> tuple[list[_Message[Recv]], bool]:
         """The messages of a step in the order in which they are dealt with, and whether no two ranges overlap.
 
-        From one peer they come row by row. Several peers take turns, so that what they bring is sent on evenly; but
-        where ranges overlap it is row by row throughout, because reductions happen in the order of rows.
+        From one peer they come row by row. Several peers take turns, so that what they bring is sent on evenly, and
+        what all bring to the same range is reduced while it is in the caches; but where ranges overlap in part it is
+        row by row throughout, because reductions happen in the order of rows.
         """
         messages = self._messages(recvs)
         spans = sorted((recv.start, recv.stop) for recv in recvs if recv.start < recv.stop)
-        if any(first[1] > second[0] for first, second in pairwise(spans)):
+        overlap = any(first[1] > second[0] for first, second in pairwise(spans))
+        alike = len(set(spans)) == 1 and len({recv.peer for recv in recvs}) == len(recvs)
+        if overlap and not alike:
             return messages, False
         by_peer: dict[int, list[_Message[Recv]]] = {}
         for message in messages:
             by_peer.setdefault(message.peer, []).append(message)
-        return [message for turn in zip_longest(*by_peer.values()) for message in turn if message is not None], True
+        turns = [message for turn in zip_longest(*by_peer.values()) for message in turn if message is not None]
+        return turns, not overlap
 
 
 def _crosses(step: LocalStep) -> bool:
