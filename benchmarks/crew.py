@@ -57,14 +57,14 @@ class Desk:
         self._pipe = pipe
         self._lock = threading.Lock()
 
-    def join(self, on_event: Callable[[Message], None] = lambda event: None) -> Communicator:
+    def join(self, on_event: Callable[[Message], None] = lambda event: None, transport: str = "gloo") -> Communicator:
         """Join the run; what happens to the membership is reported as "event" messages, and passed to `on_event`."""
 
         def tell(event: Message) -> None:
             self.report("event", **event)
             on_event(event)
 
-        return Communicator.join(self._address, self._run, self._token, options=self.options, on_event=tell)
+        return Communicator.join(self._address, self._run, self._token, transport, self.options, on_event=tell)
 
     def report(self, kind: str, **fields: Any) -> None:
         """Send a message to the main process; from any thread."""
