@@ -165,7 +165,10 @@ class Report:
             for name, microseconds in times.items():
                 lines.setdefault(f"{name}, {form}", []).append((row["size"], microseconds))
         title = f"{self._request.kind}, {self._peers} ranks on one host"
-        path.write_text(line_chart(lines, title, "bytes", "microseconds", log_x=True, log_y=True, x_format=_short))
+        sizes = sorted({row["size"] for row in self._rows})
+        path.write_text(
+            line_chart(lines, title, "bytes", "microseconds", log_x=True, log_y=True, x_format=_short, x_ticks=sizes)
+        )
 
     def _print(self, line: str) -> None:
         if self._table:

@@ -12,9 +12,13 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from collectives import choice
+from collectives.cost import Profile
 from collectives.errors import UsageError
-from launch import bench_host, console
+from collectives.topology import Link
+from launch import bench_calibrate, bench_host, console
 from launch.bench_kinds import KINDS, bandwidth, elements
+from launch.bench_report import Report
 from launch.bench_request import Request, parse_size, steps
 from launch.cli import ringhold
 from tests.harness.cluster import Cluster
@@ -53,7 +57,7 @@ def check_row(row: dict[str, Any], rivals: set[str]) -> None:
 
 def test_table_and_json_of_an_all_reduce(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    vs = ("--vs", "gloo,ours:gloo")
+    vs = ("--vs", "gloo,ours:gloo", "--plot", str(tmp_path / "times.svg"))
     popen = start("all_reduce", "--peers", "2", "--transport", "sockets", *SMALL, *vs, "--json", str(file))
     code, out, err = finish(popen)
     assert (code, err) == (0, "")
@@ -68,6 +72,8 @@ def test_table_and_json_of_an_all_reduce(tmp_path: Path) -> None:
     for row in rows:
         check_row(row, {"gloo", "ours:gloo"})
         assert (row["transport"], row["algorithm"], row["count"]) == ("sockets", "auto", row["size"] // 4)
+    chart = (tmp_path / "times.svg").read_text()
+    assert all(name in chart for name in ("ringhold sockets, in place", "gloo, out of place", "16K"))
     average = sum(row["busbw"] for row in rows) / len(rows)
     assert lines[-1] == f"# Avg bus bandwidth    : {average:.4f}"
 
@@ -104,6 +110,37 @@ def test_every_kind_is_right_and_so_are_its_columns() -> None:
         assert len(of_kind) == (1 if kind.name == "barrier" else 2 * (kind.out_of_place + kind.in_place))
         for row in of_kind:
             check_row(row, {"gloo"})
+
+
+def test_calibration_measures_fits_and_writes_a_profile(tmp_path: Path) -> None:
+    request = Request(kind="all_reduce", sizes=(1024, 65536), transport="sockets", rounds=2, warmup=1, calibrate=True)
+    with Cluster(founders=2) as control, Cluster(founders=2) as ours:
+        given = {"coordinators": {"control": control.address, "ours": ours.address}, "requests": [request.to_json()]}
+        peers = [control.peer(bench_programs.measure, rank=rank, ranks=2, **given) for rank in range(2)]
+        told, _ = [peer.result() for peer in peers]
+    file = tmp_path / "profile.json"
+    with Report(request, 2, str(file), None) as report:
+        for message in told:
+            report(message)
+    (found,) = [message for message in told if message["type"] == "profile"]
+    assert found["times"].keys() == set(bench_calibrate.algorithms(2))
+    assert Profile.load(file).near.bandwidth == found["profile"]["near"]["bandwidth"]
+    assert told[-1] == {"type": "done", "wrong": 0}
+
+
+def test_the_fit_finds_what_the_times_came_from() -> None:
+    near = Link(latency=20e-6, bandwidth=1e9)
+    truth = Profile(near=near, far=near, overhead=5e-6, reduce_rate=2e9, operation=200e-6)
+    times = {
+        name: {size: choice.predict("all_reduce", name, 4, size, truth) for size in (4096, 65536, 2**20, 2**23)}
+        for name in bench_calibrate.algorithms(4)
+    }
+    found = bench_calibrate.fit("gloo", 4, times)
+    assert found.error < 0.02
+    assert abs(found.worst[0]) < 0.05
+    assert found.loss < 1.05
+    assert found.profile.operation == pytest.approx(200e-6, rel=0.2)
+    assert found.profile.near.bandwidth == pytest.approx(1e9, rel=0.2)
 
 
 def test_wrong_values_are_counted_and_fail_the_command(tmp_path: Path) -> None:
@@ -170,6 +207,9 @@ def test_the_end_of_the_command_is_the_end_of_all(number: signal.Signals) -> Non
         (["all_reduce", "-o", "avg", "-d", "int32"], "not exact"),
         (["all_reduce", "--peers", "0"], "--peers"),
         (["broadcast", "--peers", "2", "-r", "2"], "--root"),
+        (["barrier", "--plot", "x.svg"], "no sizes"),
+        (["all_reduce", "--calibrate"], "drop the collective"),
+        (["--calibrate", "--peers", "1"], "two --peers"),
         (["all_reduce", "--vs", "gloo,gloo"], "different rivals"),
         (["all_reduce", "--vs", "mpi", "-d", "half"], "no type"),
         (["all_reduce", "--json", "/nowhere/at/all"], "/nowhere/at/all"),
