@@ -151,6 +151,15 @@ class _Hand:
         made = getattr(importlib.import_module(f"collectives.transports.{kind}"), KINDS[kind])
         self.transport = made(self.listener, rank, addresses, KEY, epoch, b"nonce")
 
+    def do_emulate(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, network: str) -> None:
+        """`connect`, held to the topology of which `network` is the JSON."""
+        from collectives.topology_file import parse
+        from collectives.transports.emulated import emulate
+
+        self.do_make(kind, rank, addresses, epoch)
+        self.transport = emulate(self.transport, parse(network), KEY, epoch, b"nonce")
+        self.do_link()
+
     def do_link(self, timeout: float = 20.0) -> None:
         self.transport.connect(timeout)
 
@@ -187,6 +196,38 @@ class _Hand:
         note = self.transport.recv_note(peer, 1)
         assert isinstance(note, bytes)
         return note
+
+    def do_echo(self, peer: int, size: int, first: bool, bulk: bool) -> float:
+        """Send so many bytes to a peer and back; the seconds that the first of the two saw pass."""
+        import torch
+
+        data = torch.zeros(size, dtype=torch.uint8)
+        begun = time.monotonic()
+        for sends in (first, not first):
+            if bulk:
+                (self.transport.send if sends else self.transport.recv)(peer, data, 1).wait()
+            elif sends:
+                self.transport.send_note(peer, bytes(size), 1)
+            else:
+                assert len(self.transport.recv_note(peer, 1)) == size
+        return time.monotonic() - begun
+
+    def do_patience(self, peer: int, timeout: float) -> tuple[bool, int]:
+        """Whether a note did not come in so many seconds, and its length when it came after all."""
+        from collectives.errors import OperationTimeout
+
+        try:
+            self.transport.recv_note(peer, 1, timeout)
+            late = False
+        except OperationTimeout:
+            late = True
+        return late, len(self.transport.recv_note(peer, 1))
+
+    def do_traffic(self) -> dict[str, list[int]]:
+        """What an emulated transport counted."""
+        from dataclasses import asdict
+
+        return asdict(self.transport.traffic)
 
     def do_usage(self) -> tuple[int, int, int]:
         """Threads, descriptors, and resident KiB of this process."""
