@@ -29,8 +29,16 @@ class ErrorFeedback:
         """Return the residual of a tensor, as the argument `feedback` of its all-reduces."""
         return Residual(self, name)
 
+    def get(self, name: str) -> Tensor | None:
+        """Return the residual of that name; None where nothing was ever left out. Not to be written."""
+        return self._residuals.get(name)
+
+    def put(self, name: str, residual: Tensor) -> None:
+        """Put a new residual in the place of the one of that name."""
+        self._residuals[name] = residual
+
     def state(self) -> dict[str, Tensor]:
-        """Return all residuals, flat fp32 tensors by name. None is ever written: a commit puts a new one in its place."""
+        """Return all residuals, flat fp32 tensors by name. None is ever written: a new one takes its place."""
         return dict(self._residuals)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -46,9 +54,9 @@ class Residual:
         self._feedback = feedback
 
     def get(self) -> Tensor | None:
-        """Return the residual, flat fp32; None where nothing was ever left out. Not to be written."""
-        return self._feedback.state().get(self.name)
+        """Return what is left, flat fp32, if anything ever was."""
+        return self._feedback.get(self.name)
 
     def commit(self, residual: Tensor) -> None:
         """Put a new residual in its place; for the operation, once it is complete."""
-        self._feedback.restore({**self._feedback.state(), self.name: residual})
+        self._feedback.put(self.name, residual)

@@ -25,7 +25,7 @@ def quantized(inputs: Sequence[Tensor], codec: str, op: str) -> Tensor:
     """What rounding to nearest must give, to the bit: decoded, added in the order of ranks, encoded, decoded."""
     coder, count = quantize.CODECS[codec], inputs[0].numel()
     records = torch.empty(quantize.blocks(count) * coder.record, dtype=torch.uint8)
-    total, one = torch.zeros(2, count)
+    total, one = torch.zeros(count), torch.zeros(count)
     for number, given in enumerate(inputs):
         coder.encode(given.reshape(-1), records)
         coder.decode(records, one)

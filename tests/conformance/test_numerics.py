@@ -41,6 +41,14 @@ def test_one_member_is_no_special_case() -> None:
         numerics.add_tensors_reproducibly(comm)
 
 
+def test_r8_a_run_with_stochastic_rounding_can_be_repeated() -> None:
+    runs = []
+    for transport in ("sockets", "gloo"):
+        with Residents(2, transport=transport) as group:
+            runs.append(group.run(numerics.round_at_random))
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize("kind", ["quantized", "reproducible", "raise"])
 @pytest.mark.parametrize(
     ("point", "victim", "transport"),
