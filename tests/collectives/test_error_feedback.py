@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
-from collectives.operations.quantized import Quantized
 from collectives.error_feedback import ErrorFeedback
 from collectives.errors import UsageError
 from collectives.operations import View
+from collectives.operations.quantized import Quantized
 
 STEPS = 40
 
