@@ -17,7 +17,6 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -127,12 +126,10 @@ class Outbox:
             self._waiting.append((kind + more, channel, bytes(payload[at : at + LONGEST])))
         self.flush()
 
-    def flush(self) -> bool:
-        """Write what waits, as far as it fits; whether anything was written."""
-        before = self._written
+    def flush(self) -> None:
+        """Write what waits, as far as it fits."""
         while self._waiting and self._write(*self._waiting[0]):
             self._waiting.popleft()
-        return self._written != before
 
     @property
     def full(self) -> bool:
@@ -172,8 +169,9 @@ class Inbox:
         self._parts: dict[tuple[int, int], list[bytes]] = {}
         self._told = 0
 
-    def take(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the notes that are whole, as (kind, channel, payload)."""
+    def take(self) -> list[tuple[int, int, bytes]]:
+        """Return the notes that are whole, as (kind, channel, payload)."""
+        notes = []
         written = self._theirs.written(self._mine.rank)
         while self._read < written:
             at = self._read % RING
@@ -182,7 +180,7 @@ class Inbox:
             skip = length == _SKIP
             payload = b"" if skip else bytes(self._memory[place + _FRAME.size : place + _FRAME.size + length])
             if _check(payload, channel, self._read) != check:
-                return  # not all of it is visible yet: its bell has still to ring
+                break  # not all of it is visible yet: its bell has still to ring
             if skip:
                 self._read += RING - at
                 continue
@@ -191,12 +189,13 @@ class Inbox:
             if kind & MORE:
                 self._parts.setdefault((kind - MORE, channel), []).append(payload)
             elif (kind, channel) in self._parts:
-                yield kind, channel, b"".join((*self._parts.pop((kind, channel)), payload))
+                notes.append((kind, channel, b"".join((*self._parts.pop((kind, channel)), payload))))
             else:
-                yield kind, channel, payload
+                notes.append((kind, channel, payload))
         if self._read - self._told > RING // 4:
             self._told = self._read
             self._theirs.doorbell.ring()  # the peer may have notes that did not fit
+        return notes
 
 
 def _check(payload: bytes | memoryview, channel: int, position: int) -> int:

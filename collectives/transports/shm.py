@@ -49,7 +49,6 @@ class _Peer:
         self.arena = arena
         self.word = word
         self.reads_us = True
-        self.unrung = False
         self.lost = ""
 
 
@@ -123,6 +122,8 @@ class ShmTransport(Transport):
         self._inside = 0
         self._mine: Segment | None = None
         self._peers: dict[int, _Peer] = {}
+        self._owed: set[int] = set()
+        """Peers that have not been told of something, or to which not everything could be written yet."""
         self._watcher: threading.Thread | None = None
 
     def connect(self, timeout: float) -> None:
@@ -217,31 +218,28 @@ class ShmTransport(Transport):
     def take(self, peer: int, kind: int, channel: int, timeout: float | None = None) -> bytes:
         """Wait for the next frame of this kind from `peer` on `channel`; see `Transport.recv_note` for errors."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            self._refuse()
-            assert self._mine is not None
-            bell = self._mine.doorbell
-            self._inside += 1
-            arrived = self._arrived[peer, kind, channel]
-        try:
-            while True:
+        while True:
+            with self._lock:
+                self._refuse()
+                assert self._mine is not None
+                bell = self._mine.doorbell
                 count = bell.count[0]
-                with self._lock:
-                    if arrived:
-                        return arrived.popleft()
-                    self._refuse()
+                arrived = self._arrived[peer, kind, channel]
+                if not arrived or self._owed:
                     self._collect(peer)
-                    if arrived:
-                        return arrived.popleft()
-                    if why := self._peers[peer].lost:
-                        raise TransportLost(why, peer)
+                if arrived:
+                    return arrived.popleft()
+                if why := self._peers[peer].lost:
+                    raise TransportLost(why, peer)
+                self._inside += 1
+            try:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise OperationTimeout(f"nothing from rank {peer} on channel {channel} in {timeout} s")
                 bell.sleep(count, left)
-        finally:
-            with self._lock:
-                self._inside -= 1
+            finally:
+                with self._lock:
+                    self._inside -= 1
 
     def read(self, peer: int, channel: int, into: Tensor, borrow: bool = False) -> Tensor | None:
         """Copy what `peer` offers next on `channel` to `into`; to `borrow` it, return it in place where that can be.
@@ -294,7 +292,7 @@ class ShmTransport(Transport):
             if acknowledge:
                 self._unread[peer, channel].append(_Unread(copy, awaited))
             other.outbox.put(_OFFER, channel, offer)
-            other.unrung = True  # before we wait for anything, or with the next note
+            self._owed.add(peer)  # until we wait for anything, or send it a note
 
     def _tell(self, peer: int, kind: int, channel: int, payload: bytes | memoryview) -> None:
         with self._lock:
@@ -303,19 +301,24 @@ class ShmTransport(Transport):
             if other.lost:
                 raise TransportLost(other.lost, peer)
             other.outbox.put(kind, channel, payload)
-            other.unrung = False
-            other.segment.doorbell.ring()
+            self._ring(peer)
 
     def _collect(self, peer: int) -> None:
         """Take what has come from a peer, and see that what we have to say is heard. Called under the lock."""
-        for number, other in self._peers.items():
-            if other.unrung or (other.outbox.full and other.outbox.flush()):
-                other.unrung = False
-                other.segment.doorbell.ring()
-            if number == peer:
-                for kind, channel, payload in other.inbox.take():
-                    if kind != _ACK or self._unread[peer, channel].popleft().awaited:
-                        self._arrived[peer, kind, channel].append(payload)
+        for other in tuple(self._owed):
+            self._peers[other].outbox.flush()
+            self._ring(other)
+        for kind, channel, payload in self._peers[peer].inbox.take():
+            if kind != _ACK or self._unread[peer, channel].popleft().awaited:
+                self._arrived[peer, kind, channel].append(payload)
+
+    def _ring(self, peer: int) -> None:
+        other = self._peers[peer]
+        if other.outbox.full:
+            self._owed.add(peer)
+        else:
+            self._owed.discard(peer)
+        other.segment.doorbell.ring()
 
     def _peer(self, peer: int) -> _Peer:
         with self._lock:
