@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from collectives.options import Options
     from collectives.outcome import Outcome, Work
     from collectives.step import Step
+    from collectives.subgroup import SubGroup
     from collectives.sync import SyncReport
 
-__all__ = ["Communicator", "ErrorFeedback", "Options", "Outcome", "Step", "SyncReport", "Work"]
+__all__ = ["Communicator", "ErrorFeedback", "Options", "Outcome", "Step", "SubGroup", "SyncReport", "Work"]
 
 _HOMES = {
     "Communicator": "communicator",
@@ -23,6 +24,7 @@ _HOMES = {
     "Options": "options",
     "Outcome": "outcome",
     "Step": "step",
+    "SubGroup": "subgroup",
     "SyncReport": "sync",
     "Work": "outcome",
 }

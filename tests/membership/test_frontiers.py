@@ -1,5 +1,6 @@
 """Where a lane goes on (rule R3), from any combination of reports."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +51,25 @@ def test_nobody_reports_anything() -> None:
 def test_lanes_are_apart() -> None:
     lanes = frontiers({1: {"a": lane(3), "b": lane(1, 2)}, 2: {"a": lane(3), "b": lane(1, 2)}})
     assert {name: f.complete for name, f in lanes.items()} == {"a": 3, "b": 2}
+
+
+def in_group(row: LaneReport, *group: int) -> LaneReport:
+    """The same of a sub-group's lane."""
+    return msgspec.structs.replace(row, group=group)
+
+
+def test_an_outsider_does_not_hold_a_sub_groups_lane_back() -> None:
+    reports = {1: {"g": in_group(lane(3, 4), 1, 2)}, 2: {"g": in_group(lane(3, 4), 1, 2)}, 3: {"main": lane(9)}}
+    assert frontiers(reports)["g"] == LaneFrontier(4, 1, 4, (1, 2))
+    assert given_up(reports, frontiers(reports)) == []
+
+
+def test_a_member_of_a_sub_group_that_never_entered_holds_its_lane_back() -> None:
+    assert frontiers({1: {"g": in_group(lane(0, 1), 1, 2)}, 2: {}, 3: {}})["g"] == LaneFrontier(0, 0, 1, (1, 2))
+
+
+def test_dead_members_of_a_sub_group_do_not_hold_its_lane_back() -> None:
+    assert frontiers({1: {"g": in_group(lane(3, 4), 1, 2)}, 3: {}})["g"].complete == 4
 
 
 def test_what_one_has_left_by_an_error_is_lost_for_the_others() -> None:

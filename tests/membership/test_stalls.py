@@ -1,5 +1,7 @@
 """Who is at fault when a link or an operation is stuck (rule R11)."""
 
+import msgspec
+
 from collectives.membership.protocol import LaneStatus
 from collectives.membership.stalls import Judgement, judge_stall, link_to_evict, silent_links, under_way
 from tests.membership.desk import row
@@ -25,6 +27,12 @@ def test_on_a_tie_the_higher_id_goes() -> None:
 
 def test_who_has_not_come_is_absent() -> None:
     assert judge({1: [row(2)], 2: [row(1, "idle")], 3: []}) == Judgement(absent=(2, 3))
+
+
+def test_nobody_outside_a_sub_group_is_absent_from_its_operation() -> None:
+    of_two = msgspec.structs.replace(row(2, lane="g"), group=(1, 2))
+    assert judge({1: [of_two], 2: [], 3: [], 4: [row(1)]}, "g") == Judgement(absent=(2,))
+    assert judge({1: [of_two], 2: [of_two], 3: []}, "g") == Judgement(stuck=("g", 2))
 
 
 def test_who_stands_in_an_earlier_operation_of_the_lane_is_not_absent() -> None:
