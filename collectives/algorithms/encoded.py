@@ -12,6 +12,7 @@ order; the result replaces the front of the combining rank's own slot. A rank's 
 records in the order of blocks.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Piece(NamedTuple):
         return start, start + (self.last - self.first) * down
 
 
+@functools.lru_cache(maxsize=64)
 def pieces(world: int, blocks: int, up: int) -> tuple[Piece, ...]:
     """Cut `blocks` into the pieces of all ranks, in order of blocks and of the work buffer."""
     most = max(1, PIECE // up)

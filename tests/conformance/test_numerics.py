@@ -11,7 +11,7 @@ from tests.conformance import numerics
 from tests.harness.cluster import Cluster
 from tests.harness.residents import Residents
 
-GROUPS = [("gloo", 3), ("sockets", 2), ("sockets", 5)]
+GROUPS = [("gloo", 3), ("sockets", 5), ("shm", 2), ("shm", 4)]
 
 
 @pytest.mark.parametrize(("transport", "world"), GROUPS)
