@@ -318,7 +318,17 @@ class Group(Runner):
     def _view_of(self, lane: str, epoch: int) -> View:
         core = self._session.core
         members = core.members_of(lane, epoch)
-        return View(epoch, members, members.index(core.member), self._epochs.kind)
+        return View(epoch, members, members.index(core.member), self._epochs.kind, self._hosts(members, epoch))
+
+    def _hosts(self, members: tuple[int, ...], epoch: int) -> tuple[int, ...] | None:
+        """Number the members' hosts, if there are several. Of a past epoch they are not known, nor asked for."""
+        decision = self._session.core.decision
+        if decision is None or decision.epoch != epoch:
+            return None
+        addresses = {info.member: info.host for info in decision.members}
+        numbers: dict[str, int] = {}
+        hosts = tuple(numbers.setdefault(addresses[member], len(numbers)) for member in members)
+        return hosts if len(numbers) > 1 else None
 
     def _part(self, lane: str, epoch: int, transport: Transport) -> tuple[View, Transport]:
         """Return the view of an attempt, and the transport among those that it names."""

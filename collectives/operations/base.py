@@ -26,12 +26,16 @@ ON_LOSS = ("retry", "raise")
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An epoch as one member sees it: its number, the members by rank, this member's rank, the run's transport."""
+    """An epoch as one member sees it: its number, the members by rank, this member's rank, the run's transport.
+
+    `hosts` has the number of each rank's host, where there are several.
+    """
 
     epoch: int
     members: tuple[int, ...]
     rank: int
     transport: str = ""
+    hosts: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -194,7 +198,8 @@ class Operation(Call):
         """Name of the algorithm: the caller's choice, or what suits the number of bytes."""
         if self.algorithm != "auto":
             return self.algorithm
-        return _choose(self.collective, view.size, self.count(view) * self.work_dtype.itemsize, view.transport)
+        nbytes = self.count(view) * self.work_dtype.itemsize
+        return _choose(self.collective, view.size, nbytes, view.transport, view.hosts)
 
     def schedule(self, view: View) -> Schedule:
         """Build the schedule for these ranks. Raises `UsageError` if the algorithm has none."""
@@ -207,6 +212,7 @@ class Operation(Call):
             self.finish,
             root,
             self.counts(view),
+            view.hosts,
         )
 
     def source(self, view: View) -> Tensor:
@@ -230,14 +236,21 @@ class Operation(Call):
 
 
 @lru_cache(maxsize=1024)
-def _choose(kind: str, world: int, nbytes: int, transport: str) -> str:
+def _choose(kind: str, world: int, nbytes: int, transport: str, hosts: tuple[int, ...] | None) -> str:
     """Remember what was chosen: it is asked for with every operation."""
-    return choice.choose(kind, world, nbytes, profile=transport)
+    return choice.choose(kind, world, nbytes, profile=transport, hosts=hosts)
 
 
 @lru_cache(maxsize=256)
 def _build(
-    kind: str, algorithm: str, world: int, count: int, finish: bool, root: int, counts: tuple[int, ...] | None
+    kind: str,
+    algorithm: str,
+    world: int,
+    count: int,
+    finish: bool,
+    root: int,
+    counts: tuple[int, ...] | None,
+    hosts: tuple[int, ...] | None,
 ) -> Schedule:
     """Remember what was built, as above."""
-    return choice.build(kind, algorithm, world, count, finish=finish, root=root, counts=counts)
+    return choice.build(kind, algorithm, world, count, finish=finish, root=root, counts=counts, hosts=hosts)
