@@ -42,9 +42,9 @@ SHORT = Plan(("64K", "1M", "16M"), ("16M",), 4, 5)
 
 
 def bench(
-    kind: str, ranks: int, size: str, rounds: int, transports: Sequence[str], foreign: Sequence[str]
+    kind: str, ranks: int, sizes: Sequence[str], rounds: int, transports: Sequence[str], foreign: Sequence[str]
 ) -> list[Row]:
-    """Let all competitors take turns at one size; returns the rows of `ringhold bench`.
+    """Let all competitors take turns at each size; returns the rows of `ringhold bench`.
 
     Raises:
         RingholdError: it failed, or a value was wrong.
@@ -53,7 +53,7 @@ def bench(
     first, *others = transports
     rivals = [f"ours:{name}" for name in others] + list(foreign)
     command = [sys.executable, "-m", "launch.bench", kind, "--peers", str(ranks), "--transport", first]
-    command += ["-b", size, "-e", size, "-n", str(rounds), "-w", "2", "-c", "1", "--json", "-"]
+    command += ["--sizes", ",".join(sizes), "-n", str(rounds), "-w", "2", "-c", "1", "--json", "-"]
     command += ["--vs", ",".join(rivals)] if rivals else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     if done.returncode:
@@ -76,17 +76,16 @@ def compare(plan: Plan, worlds: Sequence[int], transports: Sequence[str], foreig
     """Measure and print everything; returns the rows."""
     rows: list[Row] = []
     for ranks in worlds:
-        measured = [("all_reduce", size) for size in plan.sizes] + [
-            (kind, size) for kind in KINDS for size in plan.others
-        ]
+        measured = {"all_reduce": plan.sizes, **dict.fromkeys(KINDS, plan.others)}
         lines = []
-        for number, (kind, size) in enumerate(measured):
+        for kind, sizes in measured.items():
             if sys.stderr.isatty():
-                print(f"\r\033[K{ranks} ranks, {number} of {len(measured)}: {kind} {size}", end="", file=sys.stderr)
-            for row in bench(kind, ranks, size, plan.rounds, transports, foreign):
-                rows.append(row)
+                print(f"\r\033[K{ranks} ranks: {kind}", end="", file=sys.stderr)
+            found = bench(kind, ranks, sizes, plan.rounds, transports, foreign)
+            rows += found
+            for row in found:
                 form = "in place" if row["inplace"] else "out of place"
-                lines.append([kind, size, form, *cells(row, transports, foreign)])
+                lines.append([kind, f"{row['size'] // 1024} KiB", form, *cells(row, transports, foreign)])
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
         print(f"{ranks} ranks: ms of ours, then the time of {' and '.join(foreign)} over it")

@@ -33,6 +33,7 @@ _CALIBRATION_SIZES = (4096, 32768, 262144, 2097152, 8388608)
 @click.option("-e", "--end", "last", default="64M", show_default=True, help="Largest size.")
 @click.option("-f", "--factor", type=click.IntRange(1), default=4, show_default=True, help="From one size to the next.")
 @click.option("-i", "--increment", default="0", help="Grow by so many bytes instead.")
+@click.option("--sizes", "listed", default="", metavar="LIST", help="These sizes instead, such as 64K,1M,16M.")
 @click.option("-n", "--iters", "rounds", type=click.IntRange(1), default=20, show_default=True, help="Timed rounds.")
 @click.option("-w", "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds before them.")
 @click.option(
@@ -119,11 +120,17 @@ def _request(collective: str | None, given: dict[str, Any], peers: int) -> Reque
         raise UsageError(f"--root {given['root']} is no rank among {peers}; ranks begin at 0")
     if collective == "barrier" and given["plot_to"]:
         raise UsageError("a barrier has no sizes to draw over; drop --plot")
-    first, last = parse_size(given["first"]), parse_size(given["last"])
-    sizes = (0,) if collective == "barrier" else steps(first, last, given["factor"], parse_size(given["increment"]))
+    sizes = (0,) if collective == "barrier" else _sizes(given)
     names = ("transport", "algorithm", "dtype", "op", "root", "lanes", "rounds", "warmup", "checks")
     rivals = tuple(given["vs"].split(",")) if given["vs"] else ()
     return Request(kind=collective, sizes=sizes, rivals=rivals, **{name: given[name] for name in names})
+
+
+def _sizes(given: dict[str, Any]) -> tuple[int, ...]:
+    if given["listed"]:
+        return tuple(parse_size(text) for text in given["listed"].split(","))
+    first, last = parse_size(given["first"]), parse_size(given["last"])
+    return steps(first, last, given["factor"], parse_size(given["increment"]))
 
 
 def _calibration(collective: str | None, given: dict[str, Any], peers: int) -> Request:

@@ -200,6 +200,7 @@ def test_the_end_of_the_command_is_the_end_of_all(number: signal.Signals) -> Non
         ([], "name a collective"),
         (["all_reduces"], "'all_reduces'"),
         (["all_reduce", "-b", "64Q"], "64Q"),
+        (["all_reduce", "--sizes", "1K,x"], "'x'"),
         (["all_reduce", "-b", "1M", "-e", "64K"], "must not be the larger"),
         (["all_reduce", "-f", "1"], "--factor"),
         (["all_reduce", "-d", "fp8"], "--dtype"),
