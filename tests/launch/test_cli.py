@@ -31,7 +31,7 @@ def test_help_and_version_come_without_torch() -> None:
     code = (
         "import sys; from launch import console, cli\n"
         "for arguments in (['--help'], ['--version'], ['train', '--help'], ['demo', '--help'], ['doctor', '--help'],\n"
-        "                  ['coordinator', '--help']):\n"
+        "                  ['coordinator', '--help'], ['bench', '--help'], ['trace', '--help']):\n"
         "    assert console.run(cli.ringhold, arguments) == 0, arguments\n"
         "assert 'torch' not in sys.modules"
     )
