@@ -100,10 +100,12 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for pipe in self._pipes:
-            pipe.close()
+            pipe.send(None)
         for process in self._processes:
             process.join(5.0)
             process.kill()
+        for pipe in self._pipes:
+            pipe.close()
 
 
 def _rank(rank: int, network: Topology, pipe: Connection, parent: int) -> None:
@@ -116,11 +118,7 @@ def _rank(rank: int, network: Topology, pipe: Connection, parent: int) -> None:
     transport.connect(TIMEOUT)
     engine = Engine(StagingPool())
     pipe.send("linked")
-    while True:
-        try:
-            case: Case = pipe.recv()
-        except EOFError:
-            break
+    while (case := pipe.recv()) is not None:
         schedule = choice.build(case.kind, case.algorithm, network.ranks, case.elements)
         source = torch.ones(sum(stop - start for start, stop in schedule.held(rank)))
         program = engine.program(schedule, transport, source.dtype, source.dtype)
@@ -176,11 +174,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["all_reduce"])
     parser.add_argument("--algorithms", nargs="+", help="default: all of the kind")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--size", type=int, default=4 * 2**20, help="bytes of the buffer")
+    parser.add_argument("--size", type=int, default=8 * 2**20, help="bytes of the buffer")
     parser.add_argument("--bandwidth", type=float, default=25e6, help="bytes a second of each rank")
     parser.add_argument("--latency", type=float, default=1e-3, help="seconds")
     parser.add_argument("--reduce-rate", type=float, default=2e9, help="bytes a second that a rank reduces here")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     link = Link(options.latency, options.bandwidth)
