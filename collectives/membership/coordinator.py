@@ -5,13 +5,11 @@ actions go out as a list whose order matters: a `Persist` is durable before anyt
 `server.py` drives it with sockets, a clock and the journal; the simulation in the tests with none of them.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from collectives.membership.actions import Action, Close, Connection, Persist, Send, Stop
 from collectives.membership.claims import Claims
-from collectives.membership.decisions import lanes_and_verdicts, part_of, verdict_on
+from collectives.membership.decisions import decide, nobody, part_of, verdict_on
 from collectives.membership.protocol import (
     Admit,
     Alive,
@@ -23,11 +21,9 @@ from collectives.membership.protocol import (
     FromPeer,
     Inspect,
     Join,
-    LaneStatus,
     Leave,
     LinkDown,
     MemberInfo,
-    MemberStatus,
     Opened,
     Prepare,
     Prepared,
@@ -41,31 +37,11 @@ from collectives.membership.protocol import (
     Waiting,
     Welcome,
 )
+from collectives.membership.roster import Change, Peer, rows_of
 from collectives.membership.stalls import Complaints
 from collectives.options import Options
 
 __all__ = ["Action", "Close", "Coordinator", "Persist", "Send", "Stop"]
-
-
-@dataclass(slots=True)
-class Peer:
-    """A peer that the coordinator knows: a member of the epoch, or one that waits to be."""
-
-    info: MemberInfo
-    connection: Connection | None
-    heard: float
-    beaten: float = -math.inf
-    """When its last heartbeat came, whose `lanes` these are."""
-    lanes: list[LaneStatus] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Change:
-    """A membership change under way: number, who must report, what they reported."""
-
-    epoch: int
-    members: tuple[int, ...]
-    reports: dict[int, Report] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -98,7 +74,6 @@ class Coordinator:
         self._complaints = Complaints(options)
         self._claims = Claims()
         self._left: set[int] = set()
-        self._transports: dict[int, str] = {}
         self._connections: dict[Connection, int] = {}
         self._announced_waiting = 0
         self._ticked = now
@@ -123,22 +98,9 @@ class Coordinator:
 
     def status(self, now: float) -> Status:
         """Tell people what is going on."""
-        ranks = {member: rank for rank, member in enumerate(self.members)}
-        rows = [
-            MemberStatus(m, ranks.get(m, -1), self._state(m), now - peer.heard, peer.lanes)
-            for m, peer in self.peers.items()
-        ]
         epoch = self.decision.epoch if self.decision else 0
+        rows = rows_of(self.peers, self.members, self.change, self._safe, now)
         return Status(self.run, epoch, self.change.epoch if self.change else 0, len(self.waiting), rows)
-
-    def _state(self, member: int) -> str:
-        if self.peers[member].connection is None:
-            return "disconnected"
-        if member in self.waiting:
-            return "waiting to be admitted"
-        if self.change and member in self.change.members:
-            return "reported" if member in self.change.reports else "asked to report"
-        return "at a safe point" if member in self._safe else "member"
 
     # --- events ---
 
@@ -225,8 +187,7 @@ class Coordinator:
         member = self._next_member
         self._next_member += 1
         info = MemberInfo(member, message.nonce, message.host, message.port, False)
-        self.peers[member] = Peer(info, connection, now)
-        self._transports[member] = message.transport
+        self.peers[member] = Peer(info, message.transport, connection, now)
         self._connections[connection] = member
         return [Send(connection, Welcome(member)), *self._consider()]
 
@@ -263,7 +224,7 @@ class Coordinator:
     def _transport(self) -> str:
         """Name of the transport of the run: the epoch's, else that of the first peer that waits."""
         for member in (*self.members, *self.waiting):
-            return self._transports[member]
+            return self.peers[member].transport
         return ""
 
     # --- changes (rule R3) ---
@@ -323,29 +284,18 @@ class Coordinator:
         return self._decide(change)
 
     def _decide(self, change: Change) -> list[Action]:
-        before = tuple(i.member for i in self.decision.members) if self.decision else ()
-        founding = self.decision is None or self.decision.ended
-        survivors = [m for m in change.members if m in before]
-        joined = [m for m in change.members if m not in before]
-        reports = {m: change.reports[m].lanes for m in survivors}
-        lanes, verdicts = lanes_and_verdicts(reports, self._verdicts.values())
-        infos = [self.peers[m].info for m in change.members]
-        if founding:
-            infos = [MemberInfo(i.member, i.nonce, i.host, i.port, True) for i in infos]
-            for info in infos:
-                self.peers[info.member].info = info
-        decision = Decision(
-            epoch=change.epoch,
+        decision = decide(
+            self.decision,
+            change,
+            [self.peers[member].info for member in change.members],
+            self._verdicts.values(),
+            self._safe,
             nonce=self._fresh_nonce(),
-            members=infos,
-            lost=[m for m in before if m not in change.members],
-            joined=joined,
-            lanes=lanes,
-            verdicts=verdicts,
-            admitted=bool(survivors) and self._safe.issuperset(survivors),
             next_member=self._next_member,
             transport=self._transport(),
         )
+        for info in decision.members:
+            self.peers[info.member].info = info
         self._settle(decision)
         announce = [s for m in change.members for s in self._broadcast((m,), part_of(decision, m))]
         return [Persist(decision), *announce, *self._consider()]
@@ -386,7 +336,6 @@ class Coordinator:
 
     def _forget(self, member: int) -> None:
         peer = self.peers.pop(member)
-        self._transports.pop(member, None)
         self._safe.discard(member)
         if peer.connection is not None:
             self._connections.pop(peer.connection, None)
@@ -394,20 +343,7 @@ class Coordinator:
     def _empty(self, ended: bool) -> list[Action]:
         """Nobody is left; journal it, so that a restart does not wait for the dead."""
         self.highest += 1
-        before = [i.member for i in self.decision.members] if self.decision else []
-        decision = Decision(
-            epoch=self.highest,
-            nonce=self._fresh_nonce(),
-            members=[],
-            lost=before,
-            joined=[],
-            lanes={},
-            verdicts=[],
-            admitted=False,
-            next_member=self._next_member,
-            transport="",
-            ended=ended,
-        )
+        decision = nobody(self.decision, self.highest, self._fresh_nonce(), self._next_member, ended)
         self._settle(decision)
         return [Persist(decision)]
 
@@ -475,5 +411,4 @@ class Coordinator:
                 self._next_member = record.next_member
         if self.decision is not None:
             for info in self.decision.members:
-                self.peers[info.member] = Peer(info, None, now)
-                self._transports[info.member] = self.decision.transport
+                self.peers[info.member] = Peer(info, self.decision.transport, None, now)
