@@ -97,7 +97,8 @@ class PointToPoint(ABC):
         """Receive what member `source` (an id, not a rank) sends with this tag, into `tensor`.
 
         The tensor is written once the message is here whole and the sender knows that; with an error it is untouched.
-        Arguments and errors are as of `send`.
+        Arguments and errors are as of `send`. As in every operation, a partner that does not come to it within the
+        option `op_timeout`, and waits for nobody itself, is evicted (rule R11).
         """
         return self._message(tensor, source, self.member_id, tag, False, async_op)
 

@@ -37,7 +37,7 @@ from collectives.membership.protocol import (
     Waiting,
     Welcome,
 )
-from collectives.membership.roster import Change, Peer, rows_of
+from collectives.membership.roster import Change, Peer, rows_for_people
 from collectives.membership.stalls import Complaints
 from collectives.options import Options
 
@@ -99,7 +99,7 @@ class Coordinator:
     def status(self, now: float) -> Status:
         """Tell people what is going on."""
         epoch = self.decision.epoch if self.decision else 0
-        rows = rows_of(self.peers, self.members, self.change, self._safe, now)
+        rows = rows_for_people(self.peers, self.members, self.change, self._safe, now)
         return Status(self.run, epoch, self.change.epoch if self.change else 0, len(self.waiting), rows)
 
     # --- events ---

@@ -30,7 +30,7 @@ class Change:
     reports: dict[int, Report] = field(default_factory=dict)
 
 
-def rows_of(
+def rows_for_people(
     peers: Mapping[int, Peer], members: Collection[int], change: Change | None, safe: Collection[int], now: float
 ) -> list[MemberStatus]:
     """Tell people of every peer: its rank among `members`, what it is doing, and how long ago it was heard."""
