@@ -28,6 +28,7 @@ from collectives import faults
 
 KILLS_OF_A_GROUP = 25
 HANG_SECONDS = 20.0
+ONE_HOST = ("gloo", "sockets", "shm")
 AIMED = 1 / 3
 OVERLAPPING = 1 / 6
 """Kills that are followed by another one within moments, in the middle of the recovery."""
@@ -52,13 +53,14 @@ class Group:
         seed: of the group.
         size: members to keep up.
         veteran: spare one of the founders, so that somebody lives through everything.
+        transport: of the run.
 
     """
 
-    def __init__(self, crew: Crew, audit: Audit, seed: int, size: int, veteran: bool) -> None:
+    def __init__(self, crew: Crew, audit: Audit, seed: int, size: int, veteran: bool, transport: str) -> None:
         self._crew, self._audit, self._size = crew, audit, size
         self._rng = random.Random(f"group {seed}")
-        self._work = partial(check_members, seed=seed)
+        self._work = partial(check_members, seed=seed, transport=transport)
         self._members: dict[int, int] = {}
         self._working: set[int] = set()
         self._asked_to_leave = False
@@ -202,25 +204,28 @@ class Group:
 @click.option("--kills", default=300, show_default=True, help="Members to kill.")
 @click.option("--stops", default=0, show_default=True, help="Members to stop and wake.")
 @click.option("--seed", default=1, show_default=True, help="Of sizes, victims and times.")
+@click.option("--transport", type=click.Choice(ONE_HOST), default="gloo", show_default=True, help="Of all members.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
-def main(kills: int, stops: int, seed: int, json_file: Path | None) -> None:
+def main(kills: int, stops: int, seed: int, transport: str, json_file: Path | None) -> None:
     """Kill and stop members of groups that reduce, and check every result."""
     audit, began = Audit(), time.monotonic()
-    for _ in run_groups(audit, kills, stops, seed):
+    for _ in run_groups(audit, kills, stops, seed, transport):
         if sys.stderr.isatty():
             print(f"\r{_progress(audit, kills, stops)}", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     report = summary(audit, time.monotonic() - began)
-    report["seed"] = seed
-    report["replay"] = f"python -m benchmarks.kills --kills {kills} --stops {stops} --seed {seed}"
+    report["seed"], report["transport"] = seed, transport
+    report["replay"] = (
+        f"python -m benchmarks.kills --kills {kills} --stops {stops} --seed {seed} --transport {transport}"
+    )
     complaints = judge(report)
     print_summary(report, audit, complaints)
     write_json(json_file, {**report, "failed": complaints, "strikes": [strike.report() for strike in audit.strikes]})
     sys.exit(1 if complaints else 0)
 
 
-def run_groups(audit: Audit, kills: int, stops: int, seed: int) -> Iterator[None]:
+def run_groups(audit: Audit, kills: int, stops: int, seed: int, transport: str) -> Iterator[None]:
     """Strike group after group; yields after each strike."""
     groups = max(1, -(-kills // KILLS_OF_A_GROUP))
     for index in range(groups):
@@ -234,7 +239,8 @@ def run_groups(audit: Audit, kills: int, stops: int, seed: int) -> Iterator[None
         size = 3 + index % 3
         with Crew({"founders": size}) as crew:
             try:
-                yield from _run_group(crew, audit, 1000 * seed + index, size, bool(index % 2), kills_here, stops_here)
+                group = Group(crew, audit, 1000 * seed + index, size, bool(index % 2), transport)
+                yield from _strike(group, random.Random(f"order {1000 * seed + index}"), kills_here, stops_here)
             except (Failed, Hang) as error:
                 # What was under way says nothing about recovery times.
                 audit.strikes = [strike for strike in audit.strikes if strike.over]
@@ -253,9 +259,7 @@ def _evidence(crew: Crew) -> str:
     return "\n".join([crew.status(), *texts])
 
 
-def _run_group(crew: Crew, audit: Audit, seed: int, size: int, veteran: bool, kills: int, stops: int) -> Iterator[None]:
-    group = Group(crew, audit, seed, size, veteran)
-    rng = random.Random(f"order {seed}")
+def _strike(group: Group, rng: random.Random, kills: int, stops: int) -> Iterator[None]:
     while kills > 0 or stops > 0:
         if rng.random() * (kills + stops) < kills:
             kills -= group.kill()

@@ -29,7 +29,7 @@ ADMIT_EVERY = 4
 """Operations between two safe points."""
 
 
-def check_members(desk: Desk, seed: int) -> None:
+def check_members(desk: Desk, seed: int, transport: str) -> None:
     """Be a member until told to leave; after an eviction, again. Ends with a "usage" message."""
     contributions = Contributions()
     buffers = {dtype: torch.zeros(LARGEST // dtype.itemsize, dtype=dtype) for dtype in DTYPES}
@@ -37,7 +37,7 @@ def check_members(desk: Desk, seed: int) -> None:
     lives = 0
     while not desk.words[LEAVE]:
         lives += 1
-        comm = desk.join()
+        comm = desk.join(transport=transport)
         desk.report("joined", member=comm.member_id, epoch=comm.epoch)
         try:
             _Member(desk, comm, seed, contributions, buffers).run()

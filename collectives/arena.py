@@ -4,7 +4,6 @@
 one sparse file without a name; pages exist once they are touched, and go when the tensor goes.
 """
 
-import functools
 import mmap
 import os
 import threading
@@ -70,13 +69,14 @@ class Arena:
             insort(self._free, (start, stop))
 
 
-@functools.lru_cache(maxsize=1)
+_shared: "weakref.WeakValueDictionary[int, Arena]" = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
 def process_arena() -> Arena:
-    """The arena of this process."""
-    return Arena()
-
-
-os.register_at_fork(after_in_child=process_arena.cache_clear)  # the parent's goes on to be the parent's
+    """The arena of this process, while somebody has it or a tensor of it; a forked child has one of its own."""
+    with _lock:
+        return _shared.get(os.getpid()) or _shared.setdefault(os.getpid(), Arena())
 
 
 class MappedArena:

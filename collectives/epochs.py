@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from collectives.arena import process_arena
 from collectives.errors import OptionError, TransportLost, Unsupported
 from collectives.membership.protocol import Decision
 from collectives.options import Options
@@ -62,6 +63,7 @@ class Epochs:
             raise OptionError(f"unknown transport {kind!r}; there are {', '.join(sorted(TRANSPORTS))}")
         TRANSPORTS[plain].prepare()
         self.kind = plain
+        self._arena = process_arena() if self.lends else None  # here to stay, whatever becomes of transports
         self._network = network(options.topology) if kind != plain else None
         self._key = link_key(token, run)
         self._options = options
@@ -128,6 +130,7 @@ class Epochs:
             self._wake.notify_all()
         self._thread.join(5.0)
         self._retire_current()
+        self._arena = None
         for thread in self._old:
             thread.join(5.0)
         self._listener.close()

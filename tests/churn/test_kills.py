@@ -5,15 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 KILLS, STOPS = 12, 1
 
 
-def test_no_sum_is_wrong_and_nobody_hangs_whoever_is_killed_or_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["gloo", "shm"])
+def test_no_sum_is_wrong_and_nobody_hangs_whoever_is_killed_or_stopped(tmp_path: Path, transport: str) -> None:
     figures = tmp_path / "kills.json"
-    options = ["--kills", str(KILLS), "--stops", str(STOPS), "--seed", "7", "--json", str(figures)]
+    trials = ["--kills", str(KILLS), "--stops", str(STOPS), "--seed", "7", "--transport", transport]
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kills", *options],
+        [sys.executable, "-m", "benchmarks.kills", *trials, "--json", str(figures)],
         cwd=ROOT,
         capture_output=True,
         text=True,
