@@ -23,7 +23,7 @@ _CALIBRATION_SIZES = (4096, 32768, 262144, 2097152, 8388608)
 
 
 @click.command("bench", context_settings={"max_content_width": 100})
-@click.argument("collective", metavar=f"[{'|'.join(KINDS)}]", required=False)
+@click.argument("collective", required=False)
 @click.option("--peers", type=click.IntRange(1), help="Ranks to start.  [default: 4; under a launcher its processes]")
 @click.option("--transport", default=_DEFAULT_TRANSPORT, show_default=True, help="What carries the tensors.")
 @click.option("--algorithm", default="auto", show_default=True, help="Of the collective.")
@@ -55,6 +55,7 @@ _CALIBRATION_SIZES = (4096, 32768, 262144, 2097152, 8388608)
     show_default=True,
     help="Cut each message in so many, one a lane, all at once.",
 )
+@click.option("--registered", is_flag=True, help="Use memory that the transport registers (Communicator.empty).")
 @click.option(
     "--vs",
     default="",
@@ -73,7 +74,9 @@ _CALIBRATION_SIZES = (4096, 32768, 262144, 2097152, 8388608)
 def command(collective: str | None, **given: Any) -> int:
     """Measure a collective as nccl-tests does, against gloo and MPI, and check its values.
 
-    A round is a turn of each competitor, in the same processes; a turn is as many operations as take two milliseconds,
+    COLLECTIVE is all_reduce, reduce_scatter, all_gather, all_to_all, reduce, gather, scatter, broadcast or barrier.
+
+    A round is a turn of each competitor, in the same processes; a turn is as many operations as take ten milliseconds,
     at least one. Times are medians over the rounds of the slowest rank. Exits with 1 if any value was wrong.
 
     \b
@@ -121,7 +124,7 @@ def _request(collective: str | None, given: dict[str, Any], peers: int) -> Reque
     if collective == "barrier" and given["plot_to"]:
         raise UsageError("a barrier has no sizes to draw over; drop --plot")
     sizes = (0,) if collective == "barrier" else _sizes(given)
-    names = ("transport", "algorithm", "dtype", "op", "root", "lanes", "rounds", "warmup", "checks")
+    names = ("transport", "algorithm", "dtype", "op", "root", "lanes", "registered", "rounds", "warmup", "checks")
     rivals = tuple(given["vs"].split(",")) if given["vs"] else ()
     return Request(kind=collective, sizes=sizes, rivals=rivals, **{name: given[name] for name in names})
 

@@ -5,12 +5,16 @@ bit by bit. The pattern depends on rank, place and turn: a result that mixes ran
 written, is wrong in most of its elements.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from launch.bench_kinds import DTYPES, elements
 from launch.bench_request import Request
 
+Empty = Callable[..., Tensor]
+"""Makes an uninitialized tensor from its sizes and `dtype`, as torch.empty does."""
 _POISON = 77
 _PERIOD = 1021
 """A prime: a shift by a part or a segment never looks like no shift at all."""
@@ -25,7 +29,7 @@ class Case:
     (ranks, count / ranks).
     """
 
-    def __init__(self, request: Request, size: int, ranks: int) -> None:
+    def __init__(self, request: Request, size: int, ranks: int, empty: Empty = torch.empty) -> None:
         self.kind = request.what
         self.op = request.op if self.kind.reduces else ""
         self.root = request.root
@@ -34,10 +38,8 @@ class Case:
         self.ranks = ranks
         self.count = elements(self.kind, size, item, ranks, request.lanes)
         self.each = self.count // ranks if self.kind.parts else self.count
-        self.given = torch.empty(self._shape(whole=self.kind.name not in ("all_gather", "gather")), dtype=self.dtype)
-        self.taken = torch.empty(
-            self._shape(whole=self.kind.name not in ("reduce_scatter", "scatter")), dtype=self.dtype
-        )
+        self.given = empty(*self._shape(whole=self.kind.name not in ("all_gather", "gather")), dtype=self.dtype)
+        self.taken = empty(*self._shape(whole=self.kind.name not in ("reduce_scatter", "scatter")), dtype=self.dtype)
 
     def reset(self) -> None:
         """Fill all with ones, before a timed turn: sums of sums must not grow for ever."""

@@ -31,10 +31,10 @@ from launch.bench_rivals import Competitor, Mpi, Ours, TorchGloo
 Tell = Callable[[dict[str, Any]], None]
 """Takes messages: "progress", "row", "memory", "done"; see `Rank`."""
 
-_BATCH_SECONDS = 2e-3
+_BATCH_SECONDS = 10e-3
 """Operations shorter than this are timed many at a time, as in nccl-tests: waking up from the barrier before each turn
 would count as much as they do."""
-_MOST_AT_ONCE = 100
+_MOST_AT_ONCE = 200
 _PATIENCE = 10.0
 """Heartbeat timeout unless the user sets one: a benchmark loads the machine fully and is no test of detection."""
 _LIMIT_FROM = 1 << 24
@@ -126,12 +126,14 @@ class Rank:
     def _row(self, size: int, inplace: bool) -> dict[str, Any]:
         """Measure and check one size in one form, with everybody; the same on all ranks."""
         request = self._request
-        cases = [Case(request, size, self._place.ranks) for _ in range(request.lanes)]
+        ours = self._competitors[OURS]
+        empty = ours.comm.empty if request.registered and isinstance(ours, Ours) else torch.empty
+        cases = [Case(request, size, self._place.ranks, empty) for _ in range(request.lanes)]
         times, wrong, batches = self._compare(cases, inplace)
         count = sum(case.each for case in cases)
         moved = sum(case.count for case in cases) * cases[0].dtype.itemsize
-        ours = times[OURS]
-        algbw = bandwidth(moved, ours)
+        seconds = times[OURS]
+        algbw = bandwidth(moved, seconds)
         return {
             "collective": request.kind,
             "size": moved,
@@ -143,7 +145,7 @@ class Rank:
             "transport": request.transport,
             "algorithm": request.algorithm,
             "inplace": inplace,
-            "time_us": ours * 1e6,
+            "time_us": seconds * 1e6,
             "algbw": algbw,
             "busbw": algbw * request.what.factor(self._place.ranks),
             "wrong": wrong[OURS],
@@ -152,7 +154,7 @@ class Rank:
             "vs": {
                 name: {
                     "time_us": times[name] * 1e6,
-                    "ratio": times[name] / ours,
+                    "ratio": times[name] / seconds,
                     "wrong": wrong[name],
                 }
                 for name in request.rivals

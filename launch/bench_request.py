@@ -39,6 +39,8 @@ class Request:
     op: str = "sum"
     root: int = 0
     lanes: int = 1
+    registered: bool = False
+    """Buffers are from `Communicator.empty`, which peers can map where the transport knows how."""
     rivals: tuple[str, ...] = ()
     rounds: int = 20
     warmup: int = 3

@@ -79,7 +79,7 @@ def test_table_and_json_of_an_all_reduce(tmp_path: Path) -> None:
 
 
 KIND_OPTIONS: dict[str, dict[str, Any]] = {
-    "all_reduce": {"op": "avg", "dtype": "half", "lanes": 2},
+    "all_reduce": {"op": "avg", "dtype": "half", "lanes": 2, "registered": True},
     "reduce_scatter": {"op": "max", "dtype": "bfloat16"},
     "all_gather": {"dtype": "bfloat16", "lanes": 2},
     "all_to_all": {"dtype": "int8"},
