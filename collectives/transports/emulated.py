@@ -8,9 +8,9 @@ due by `collectives.crossing`, and the receiver sleeps until then. On a port tha
 
 Rank `r` of an epoch is rank `r` of the topology.
 
-Sleeping is late by a tenth of a millisecond and by more on a busy machine. So that this does not add up from message to
-message, "now" is not the clock's time but that at which the sending thread would be if everything it received had come
-on the dot (up to PATIENCE behind the clock).
+Sleeping is late by a tenth of a millisecond and by more on a busy machine, and moving the bytes takes time as well. So
+that this does not add up from message to message, "now" is not the clock's time but that at which the sending thread
+would be if everything it received had come on the dot and sending took no time (up to PATIENCE behind the clock).
 """
 
 import hashlib
@@ -174,13 +174,16 @@ class EmulatedTransport(Transport):
 
     def send(self, peer: int, data: Tensor, channel: int) -> Pending:
         """Post a bulk send; see `Transport.send`. Its `wait` returns when the last byte has left this rank."""
+        now = self.now()
         raw = data.view(torch.uint8)
-        left, due = self._dispatch(peer, raw.numel())
+        left, due = self._dispatch(peer, raw.numel(), now)
         packed = torch.empty(_STAMP.size + raw.numel(), dtype=torch.uint8)
         packed[: _STAMP.size] = torch.frombuffer(bytearray(_STAMP.pack(due)), dtype=torch.uint8)
         packed[_STAMP.size :] = raw
         self.traffic.tensors_sent[peer] += raw.numel()
-        return _Leaving(self, left, self._inner.send(peer, packed, channel))
+        pending = self._inner.send(peer, packed, channel)
+        self._set(now)
+        return _Leaving(self, left, pending)
 
     def recv(self, peer: int, into: Tensor, channel: int) -> Pending:
         """Post a bulk receive; see `Transport.recv`."""
@@ -247,14 +250,20 @@ class EmulatedTransport(Transport):
     def arrive(self, begun: float, due: float) -> None:
         """Sleep until a message is due that this thread has waited for since `begun` (by `now`)."""
         self.sleep_until(due)
+        self._set(max(begun, due))
+
+    def _set(self, now: float) -> None:
+        """Make it that instant for this thread, if that is not too long ago."""
         self._clock.since = time.monotonic()
-        self._clock.behind = min(PATIENCE, max(0.0, self._clock.since - max(begun, due)))
+        self._clock.behind = min(PATIENCE, max(0.0, self._clock.since - now))
 
     def _send(self, peer: int, note: bytes | memoryview, channel: int) -> float:
         """Send a stamp and a note behind it; when the note's last byte leaves."""
-        left, due = self._dispatch(peer, len(note))
+        now = self.now()
+        left, due = self._dispatch(peer, len(note), now)
         self._inner.send_note(peer, _STAMP.pack(due), channel)
         self._inner.send_note(peer, note, channel)  # which copies, so that nobody has to wait for the kernel
+        self._set(now)
         return left
 
     def _stamp(self, peer: int, channel: int, timeout: float | None) -> float:
@@ -274,9 +283,8 @@ class EmulatedTransport(Transport):
             raise OperationTimeout(f"no note from rank {peer} on channel {channel} in {timeout} s")
         return due
 
-    def _dispatch(self, peer: int, nbytes: int) -> tuple[float, float]:
+    def _dispatch(self, peer: int, nbytes: int, now: float) -> tuple[float, float]:
         """Let a message enter the network; when its last byte has left this rank, and when it has arrived."""
-        now = self.now()
         with self._lock:
             ledger = self._ledger
             if ledger is None:
