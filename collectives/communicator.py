@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from collectives.arena import process_arena
+from collectives.arrangement import PROBE_BYTES, Arrangement, Measurement, arrange, measure
 from collectives.calls import Collectives
 from collectives.epochs import Epochs
 from collectives.errors import (
@@ -29,6 +30,7 @@ from collectives.errors import (
     LaneMisuse,
     MemberLost,
     OperationTimeout,
+    RingholdError,
     UsageError,
 )
 from collectives.group import Alone, Group, Runner
@@ -266,9 +268,7 @@ class Communicator(Collectives, PointToPoint):
             LaneMisuse: an operation is under way on some lane.
 
         """
-        busy = sorted(lane.name for lane in self._lanes if not lane.idle)
-        if busy:
-            raise LaneMisuse(f"admit() needs every lane idle; wait for the operations on {', '.join(busy)} first")
+        self._refuse_if_busy("admit")
         session = self._session
         if session is None:
             return False
@@ -297,6 +297,34 @@ class Communicator(Collectives, PointToPoint):
         self._synced, self._astray = True, False
         return report
 
+    # --- where they are ---
+
+    def measure(self, nbytes: int = PROBE_BYTES) -> Measurement:
+        """Measure latency and bandwidth between all members, with messages of up to `nbytes`; every member calls it.
+
+        All get the same numbers. It takes as many rounds as there are members, each of a few messages between two.
+        """
+        address = "" if self._epochs is None else self._epochs.address[0]
+        return measure(self, address, nbytes)
+
+    def optimize(self, nbytes: int = PROBE_BYTES) -> Arrangement:
+        """Measure, and arrange later operations by it, where every member calls this and all its lanes are idle.
+
+        Rings visit the members in the order whose slowest link is fastest; members that are near to each other count as
+        a host, for hierarchical algorithms. Survivors of a loss keep it; a new member puts everybody back to the order
+        of ranks, until this is called again. What is summed in another order may differ in the last bits.
+
+        Raises:
+            LaneMisuse: an operation is under way on some lane.
+
+        """
+        self._refuse_if_busy("optimize")
+        found = arrange(self.measure(nbytes))
+        self._runner.arrangement = found
+        for lane in self._lanes:
+            lane.refresh()
+        return found
+
     def step(self) -> Step:
         """Return a context for one training step (rule R15); see `Step`."""
         self._step = Step(self)
@@ -313,6 +341,12 @@ class Communicator(Collectives, PointToPoint):
 
     # --- inside ---
 
+    def _refuse_if_busy(self, what: str) -> None:
+        """Raise `LaneMisuse` where an operation is under way."""
+        busy = sorted(lane.name for lane in self._lanes if not lane.idle)
+        if busy:
+            raise LaneMisuse(f"{what}() needs every lane idle; wait for the operations on {', '.join(busy)} first")
+
     def _start(self, call: Call, async_op: bool) -> Outcome | Work:
         return self._lanes.start(self._lane(call.lane), call, async_op)
 
@@ -326,6 +360,12 @@ class Communicator(Collectives, PointToPoint):
         except MemberLost as error:
             if self._step is not None:
                 self._step.saw(error, group)
+            raise
+        except RingholdError:
+            raise
+        except BaseException as error:
+            if self._session is not None:  # perhaps between two operations of the call: the others count on us (R4)
+                self._session.depart(f"{type(error).__name__} inside {call.kind} on lane {call.lane!r}")
             raise
         if self._step is not None:
             self._step.saw(outcome, group)

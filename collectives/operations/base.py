@@ -28,7 +28,8 @@ ON_LOSS = ("retry", "raise")
 class View:
     """An epoch as one member sees it: its number, the members by rank, this member's rank, the run's transport.
 
-    `hosts` has the number of each rank's host, where there are several.
+    `hosts` has the number of each rank's host, where there are several; `order` the rank at each position of rings,
+    where that is not the order of ranks.
     """
 
     epoch: int
@@ -36,6 +37,7 @@ class View:
     rank: int
     transport: str = ""
     hosts: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -213,6 +215,7 @@ class Operation(Call):
             root,
             self.counts(view),
             view.hosts,
+            view.order,
         )
 
     def source(self, view: View) -> Tensor:
@@ -251,6 +254,9 @@ def _build(
     root: int,
     counts: tuple[int, ...] | None,
     hosts: tuple[int, ...] | None,
+    order: tuple[int, ...] | None,
 ) -> Schedule:
     """Remember what was built, as above."""
-    return choice.build(kind, algorithm, world, count, finish=finish, root=root, counts=counts, hosts=hosts)
+    return choice.build(
+        kind, algorithm, world, count, finish=finish, root=root, counts=counts, order=order, hosts=hosts
+    )

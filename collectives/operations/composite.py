@@ -5,7 +5,6 @@ what all members have learned. So a loss ends or repeats the same operation on a
 arguments contradictory does so on all members alike.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from collectives.operations.base import Call, Operation
 from collectives.operations.gathers import AllGather
+from collectives.operations.tensors import brief
 from collectives.outcome import Outcome
 
 Execute = Callable[[Operation], Outcome]
-LONGEST_SUMMARY = 200
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,8 +76,5 @@ def as_one(outcomes: list[Outcome], **changes: Any) -> Outcome:
 
 
 def summary(tensors: Sequence[Tensor]) -> str:
-    """Dtypes and shapes of some tensors; of many, their number and a digest."""
-    text = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors)
-    if len(text) <= LONGEST_SUMMARY:
-        return text
-    return f"{len(tensors)} tensors {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    """Dtypes and shapes of some tensors, for a header."""
+    return brief(", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors))

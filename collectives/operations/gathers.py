@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from collectives.operations.base import Operation, View
-from collectives.operations.tensors import check_out, flat, handed_over, row_size, write
+from collectives.operations.tensors import brief, check_out, flat, handed_over, row_size, write
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +80,8 @@ class GatherRows(Operation):
 
     def label(self, view: View) -> str:
         """The counts must be equal, too."""
-        return f"{Operation.label(self, view)}, counts {[self.rows[member] for member in view.members]}"
+        counts = [self.rows[member] for member in view.members]
+        return f"{Operation.label(self, view)}, counts {brief(str(counts))}"
 
     def count(self, view: View) -> int:
         """All rows."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from collectives.errors import UnsupportedTensor, UsageError
 from collectives.instructions import Kernel
 from collectives.operations.base import Operation, Plan, View
-from collectives.operations.tensors import check_counts, check_out, check_rows, handed_over, row_size, write
+from collectives.operations.tensors import brief, check_counts, check_out, check_rows, handed_over, row_size, write
 from collectives.reduction import ReduceOp
 
 HALF = (torch.float16, torch.bfloat16)
@@ -140,7 +140,7 @@ class ReduceScatterV(ReduceScatter):
 
     def label(self, view: View) -> str:
         """The counts must be equal, too."""
-        return f"{self.algorithm_in(view)}, counts {list(self.row_counts)}"
+        return f"{self.algorithm_in(view)}, counts {brief(str(list(self.row_counts)))}"
 
     def counts(self, view: View) -> tuple[int, ...]:
         """In elements."""

@@ -1,5 +1,7 @@
 """What operations do with tensors: check those of callers, flatten, hand over and write results."""
 
+import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +9,9 @@ from torch import Tensor
 
 from collectives.errors import UnsupportedTensor, UsageError
 from collectives.staging import copy_out
+
+LONGEST = 200
+"""Characters of a header's text that is told in full."""
 
 
 def check_tensor(kind: str, tensor: Tensor) -> None:
@@ -42,12 +47,16 @@ def check_counts(kind: str, what: str, counts: Sequence[int], length: int, total
     return checked
 
 
+def brief(text: str) -> str:
+    """The text, or a digest of a long one: for headers, which only have to differ where the text does."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]}... ({hashlib.blake2b(text.encode(), digest_size=8).hexdigest()})"
+
+
 def row_size(tensor: Tensor) -> int:
     """Elements of one row along dim 0, also of a tensor of no rows."""
-    size = 1
-    for extent in tensor.shape[1:]:
-        size *= extent
-    return size
+    return math.prod(tensor.shape[1:])
 
 
 def flat(tensor: Tensor) -> Tensor:

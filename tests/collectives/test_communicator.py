@@ -35,6 +35,53 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
         "torch.int32",
     ),
     "root that is no member": (lambda c: c.broadcast(torch.ones(3), 77), UsageError, "ids, not ranks"),
+    "reduce to no member": (lambda c: c.reduce(torch.ones(3), 77), UsageError, "ids, not ranks"),
+    "0-d exchange": (lambda c: c.all_to_all(torch.ones(())), UsageError, "equal parts"),
+    "unknown algorithm of another kind": (
+        lambda c: c.all_to_all(torch.ones(c.size), algorithm="ring"),
+        UsageError,
+        "there are auto, pairwise",
+    ),
+    "scatter without rows": (lambda c: c.scatter(torch.ones(3), c.members[0]), UsageError, "gives the rows"),
+    "scatter of other rows": (
+        lambda c: c.scatter(torch.ones(3), c.members[0], torch.ones(c.size + 1, 3)),
+        UsageError,
+        "the rows are",
+    ),
+    "counts of another world": (
+        lambda c: c.all_gather_v(torch.ones(2), [2] * (c.size + 1)),
+        UsageError,
+        "one for each member",
+    ),
+    "another own count": (lambda c: c.all_gather_v(torch.ones(2), [3] * c.size), UsageError, "counts say 3 rows"),
+    "counts that do not add up": (
+        lambda c: c.reduce_scatter_v(torch.ones(c.size), [3] * c.size),
+        UsageError,
+        "the tensor has",
+    ),
+    "negative counts": (
+        lambda c: c.all_to_all_v(torch.ones(1), [2, -1, *[0] * c.size][: c.size] if c.size > 1 else [-1]),
+        UsageError,
+        "numbers of rows",
+    ),
+    "no tensors": (lambda c: c.all_reduce_coalesced([]), UsageError, "at least one"),
+    "no bucket": (lambda c: c.all_reduce_coalesced([torch.ones(1)], bucket_bytes=0), UsageError, "bucket_bytes"),
+    "a list with a bool": (
+        lambda c: c.all_reduce_coalesced([torch.ones(1), torch.ones(1).bool()]),
+        UnsupportedTensor,
+        "torch.bool",
+    ),
+    "dense for sparse": (lambda c: c.all_reduce_sparse(torch.ones(3)), UnsupportedTensor, "sparse COO"),
+    "largest of sparse ones": (
+        lambda c: c.all_reduce_sparse((torch.arange(3), torch.ones(3)), "max"),
+        UsageError,
+        "sum, avg",
+    ),
+    "a pair of unequal lengths": (
+        lambda c: c.all_reduce_sparse((torch.arange(3), torch.ones(4))),
+        UsageError,
+        "(nnz, ...)",
+    ),
     "schedule for another world": (
         lambda c: c.run(ring.all_reduce(c.size + 1, 3), torch.ones(3)),
         UsageError,

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from collectives import choice
 from collectives.algorithms import bidirectional, doubling, ring
 from collectives.engine import Engine
 from collectives.errors import OperationTimeout, UsageError
@@ -253,6 +254,22 @@ def test_staging_has_room_for_what_is_written_there_and_no_more() -> None:
     assert compile_program(ring.all_reduce(world, count), 1, cutting).footprint == count
     chunks = compile_program(ring.reduce_scatter(world, count), 1, cutting)
     assert chunks.footprint == count - 2500, "a rank sends its first chunk on from the caller's tensor"
+
+
+@pytest.mark.parametrize("world", [2, 5, 8])
+def test_exchanges_keep_what_they_receive_and_no_more(world: int) -> None:
+    cutting = Cutting(1024, 0, 1024, 4, False, True)
+    count = 40 * world * world
+
+    def footprints(kind: str, algorithm: str) -> list[int]:
+        schedule = choice.build(kind, algorithm, world, count)
+        return [compile_program(schedule, rank, cutting).footprint for rank in range(world)]
+
+    for algorithm in ("pairwise", "direct"):
+        assert footprints("all_to_all", algorithm) == [count // world] * world
+    assert footprints("gather", "flat") == [count] + [0] * (world - 1)
+    assert footprints("scatter", "flat") == [count // world] * world
+    assert footprints("reduce", "flat") == [count] + [0] * (world - 1)
 
 
 def test_small_rows_to_one_peer_share_a_note() -> None:

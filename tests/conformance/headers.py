@@ -8,6 +8,7 @@ import torch
 from collectives.algorithms import bidirectional, ring
 from collectives.communicator import Communicator
 from collectives.errors import DescriptorMismatch
+from collectives.outcome import Outcome
 from tests.conformance.losses import goes_on
 
 Call = Callable[[Communicator], Any]
@@ -18,6 +19,15 @@ LARGE = 500_000
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.ones(shape, dtype=dtype)
+
+
+def scatter_from(comm: Communicator, root: int) -> Outcome:
+    return comm.scatter(ones(3), root, ones(comm.size, 3) if comm.member_id == root else None)
+
+
+def sparse(*shape: int) -> torch.Tensor:
+    """One entry."""
+    return torch.sparse_coo_tensor(torch.zeros(len(shape), 1), ones(1), shape, check_invariants=True)
 
 
 CASES: dict[str, tuple[Call, Call]] = {
@@ -55,6 +65,37 @@ CASES: dict[str, tuple[Call, Call]] = {
     "algorithm, small": (
         lambda c: c.all_reduce(ones(8), algorithm="ring"),
         lambda c: c.all_reduce(ones(8), algorithm="doubling"),
+    ),
+    "root of a reduce": (
+        lambda c: c.reduce(ones(LARGE), c.members[0]),
+        lambda c: c.reduce(ones(LARGE), c.members[-1]),
+    ),
+    "root of a gather": (lambda c: c.gather(ones(8), c.members[0]), lambda c: c.gather(ones(8), c.members[1])),
+    "root of a scatter": (lambda c: scatter_from(c, c.members[0]), lambda c: scatter_from(c, c.members[-1])),
+    "blocks": (lambda c: c.all_to_all(ones(c.size, LARGE)), lambda c: c.all_to_all(ones(c.size, 7))),
+    "blocks and rows": (lambda c: c.all_to_all(ones(c.size)), lambda c: c.all_to_all_v(ones(c.size), [1] * c.size)),
+    "shape of uneven rows": (lambda c: c.all_gather_v(ones(3, 2)), lambda c: c.all_gather_v(ones(3, 3))),
+    "counts, known and asked for": (
+        lambda c: c.all_gather_v(ones(3)),
+        lambda c: c.all_gather_v(ones(3), [3] * c.size),
+    ),
+    "counts": (
+        lambda c: c.reduce_scatter_v(ones(LARGE), [LARGE, *[0] * (c.size - 1)]),
+        lambda c: c.reduce_scatter_v(ones(LARGE), [*[0] * (c.size - 1), LARGE]),
+    ),
+    "list": (
+        lambda c: c.all_reduce_coalesced([ones(2, 3), ones(4)]),
+        lambda c: c.all_reduce_coalesced([ones(4), ones(2, 3)]),
+    ),
+    "list and tensor": (lambda c: c.all_reduce_coalesced([ones(8)]), lambda c: c.all_reduce(ones(8))),
+    "buckets": (
+        lambda c: c.all_reduce_coalesced([ones(4), ones(4)], bucket_bytes=4),
+        lambda c: c.all_reduce_coalesced([ones(4), ones(4)]),
+    ),
+    "shape of a sparse one": (lambda c: c.all_reduce_sparse(sparse(3, 4)), lambda c: c.all_reduce_sparse(sparse(4, 3))),
+    "sparse and pair": (
+        lambda c: c.all_reduce_sparse(sparse(3)),
+        lambda c: c.all_reduce_sparse((torch.arange(1), ones(1))),
     ),
     "schedule": (
         lambda c: c.run(ring.all_reduce(c.size, LARGE), ones(LARGE)),

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from collectives import faults
 from collectives.communicator import Communicator
 from collectives.confirm import confirm
-from collectives.errors import MemberLost, TransportLost
+from collectives.errors import Evicted, MemberLost, TransportLost
 from collectives.outcome import Outcome
 from collectives.transports.base import Transport
 from tests.conformance.kinds import KINDS, End, average, input_of, result_of
@@ -116,6 +117,24 @@ def only_finisher(peer: Peer, kind: str, point: str) -> dict[str, Any]:
 
     with mock.patch("collectives.group.confirm", confirm_in_vain):
         report = witness(comm, kind, "bulk", 2, 0)
+    assert goes_on(comm)
+    comm.leave()
+    return report
+
+
+def half_way(peer: Peer) -> dict[str, Any]:
+    """Rank 1 is interrupted between the two operations of a call: it has departed, and the others go on without it."""
+    comm = peer.join()
+    assert goes_on(comm)
+    if comm.rank == 1:
+        interrupted = mock.patch("collectives.operations.uneven.GatherRows", side_effect=KeyboardInterrupt)
+        with interrupted, suppress(KeyboardInterrupt):
+            comm.all_gather_v(torch.ones(3))
+        try:
+            comm.barrier()
+        except Evicted as error:
+            return {"error": str(error)}
+    report = witness(comm, "all_gather_v", "small", 2, 0)
     assert goes_on(comm)
     comm.leave()
     return report

@@ -15,7 +15,7 @@ import pytest
 
 from collectives.faults import POINTS
 from tests.conformance.kinds import KINDS
-from tests.conformance.losses import cascade, many_lanes, mortal, only_finisher
+from tests.conformance.losses import cascade, half_way, many_lanes, mortal, only_finisher
 from tests.conformance.transports import LENDING, TRANSPORTS
 from tests.harness.cluster import Cluster, Process
 
@@ -132,6 +132,17 @@ def test_r2_what_the_only_finisher_returned_all_survivors_return(kind: str, poin
             assert report["contributors"] == [1, 2, 3]
             assert report["from_staging"]
             assert report["right"]
+
+
+def test_r4_who_gives_up_between_two_operations_of_a_call_has_departed() -> None:
+    with Cluster(founders=3) as cluster:
+        reports = cluster.run(half_way, 3)
+    [departed] = [report for report in reports if "error" in report]
+    assert "KeyboardInterrupt inside all_gather_v" in departed["error"]
+    for report in reports:
+        if report is not departed:
+            assert report["right"]
+            assert len(report["contributors"]) == 2
 
 
 @pytest.mark.parametrize("skip", [0, 7, 19])
