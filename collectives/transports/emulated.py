@@ -69,8 +69,9 @@ class Connectable(Protocol):
 class Traffic:
     """Bytes of payload exchanged with each rank, exact, free to read at any time.
 
-    `tensors` counts what operations move (bulk, and what the engine sends inline), `notes` all else: headers,
-    confirmations, notifications. What the emulation itself adds is not counted.
+    `tensors` counts what operations move: bulk, and what the engine sends inline. `notes` counts all else: headers,
+    confirmations, notifications, and rows so small (up to `engine.PACK_BYTES`) that several share a note. What the
+    emulation itself adds is not counted.
     """
 
     tensors_sent: list[int] = field(default_factory=list)
