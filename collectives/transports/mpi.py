@@ -252,11 +252,12 @@ class MpiTransport(Transport):
     def _refuse_if_gone(self) -> None:
         gone = self.world.missing(self._run, set(self._places.values()))
         if gone and not self.world.recovers:
-            raise Unsupported(
+            self.world.refusal = Unsupported(
                 f"a member is gone (rank {', '.join(map(str, sorted(gone)))} of the MPI job), and {self.world.library} "
                 "cannot go on without it. Inputs are untouched. Run under Open MPI 5 with `mpirun --with-ft ulfm`, or "
                 "use the transport gloo or sockets"
             )
+            raise self.world.refusal
 
     def _clear(self, peer: int, hello: Hello) -> None:
         """Receive what a peer still sends us from former epochs."""

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from collectives.transports.mpi_leftovers import Leftovers
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-_FINALIZE_SECONDS = 5.0
+_FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"
+"""What `mpirun --with-ft ulfm` of Open MPI sets."""
 INSTALL = 'pip install "ringhold[mpi]" (mpi4py and Open MPI 5)'
 
 
@@ -34,6 +36,7 @@ class World:
         job: name of the job, the same in all its processes and in no others.
         recovers: whether the library lets survivors go on after a death.
         guard: held around each call of MPI; a real lock only where the library wants calls one at a time.
+        refusal: why this process can have no more transports, once that is so.
         leftovers: transfers of former epochs that are not over.
         failure: of the library: what its calls raise.
 
@@ -53,6 +56,8 @@ class World:
         self.rank = self.comm.Get_rank()
         self.library = f"{mpi.get_vendor()[0]} {'.'.join(map(str, mpi.get_vendor()[1]))}"
         self.recovers = self.library.startswith("Open MPI")
+        if not self.recovers:
+            _ignore_notices()
         self.job = self._name_job()
         self.guard: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if level == mpi.THREAD_MULTIPLE else threading.Lock()
@@ -61,6 +66,7 @@ class World:
         self.leftovers = Leftovers(self)
         largest = self.comm.Get_attr(mpi.TAG_UB)
         self._tags = itertools.cycle(range(largest // 2, largest))
+        self.refusal: Unsupported | None = None
         self._met: dict[bytes, set[int]] = {}
 
     def new_tag(self) -> int:
@@ -108,11 +114,23 @@ def _start(mpi: Any) -> int:
     return level
 
 
+def _ignore_notices() -> None:
+    """MPICH's launcher tells survivors of a death by SIGUSR1, and the handler that MPICH sets for it may crash them."""
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def _finish(mpi: Any) -> None:
-    """Finalize what we started, if all are there to do so: a launcher takes an end without it for a failure."""
-    thread = threading.Thread(target=mpi.Finalize, name="ringhold-mpi-finalize", daemon=True)
-    thread.start()
-    thread.join(_FINALIZE_SECONDS)
+    """At the end of a process that started MPI, finalize it: most launchers take an end without that for a failure.
+
+    Finalizing waits for all ranks of the job. Open MPI's launcher with fault tolerance lets processes end without; and
+    after a death that the library does not survive, MPICH would end the other survivors as well.
+    """
+    if os.environ.get(_FAULT_TOLERANT) == "1":
+        return
+    refusal = _world.refusal if _world is not None else None
+    if refusal is None or refusal.__traceback__ is None:  # nobody was told: the others have left, but are well
+        mpi.Finalize()
 
 
 _world: World | None = None

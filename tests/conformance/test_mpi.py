@@ -1,30 +1,29 @@
 """The transport mpi in jobs of real `mpirun`, with Open MPI and MPICH: results, deaths, stops, who may come."""
 
+import signal
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 
-from tests.conformance import operations
+from tests.conformance import mpi_jobs, operations, silences
+from tests.conformance.losses import mortal
+from tests.conformance.test_r6_losses import judge
+from tests.harness.cluster import Process
 from tests.harness.mpi import MPICH, OPEN_MPI
 from tests.harness.residents import Residents
 
 LIBRARIES = {"openmpi": OPEN_MPI, "mpich": MPICH}
-CASES = [(library, world) for library in LIBRARIES for world in (1, 2, 3, 4, 5, 8)]
-FUNCTIONS = [
-    operations.reduce_everything,
-    operations.reduce_every_shape,
-    operations.reduce_segments,
-    operations.reduce_roughly,
-    operations.scatter_reductions,
-    operations.gather_rows,
-    operations.broadcast_from_each,
-    operations.run_schedules,
-    operations.overlap,
-]
+CROWD = 8
+WORLDS = (1, 2, 3, 4, 5, CROWD)
+LIGHT = (operations.reduce_everything, operations.scatter_reductions, operations.gather_rows, operations.run_schedules)
+"""What eight ranks do, which are a crowd on a few cores; the rest makes each compute much of what all of them give."""
+JOBS = list(product(LIBRARIES, WORLDS))
+CASES = [(job, function) for job in JOBS for function in (LIGHT if job[1] == CROWD else operations.RESULTS)]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(scope="module")
 def group(request: pytest.FixtureRequest) -> Iterator[Residents]:
     """The ranks of a job."""
     library, world = request.param
@@ -32,9 +31,118 @@ def group(request: pytest.FixtureRequest) -> Iterator[Residents]:
         yield group
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def name(value: Any) -> str:
+    """For the names of tests."""
+    return str(value.__name__) if callable(value) else f"{value[0]}-{value[1]}"
+
+
+@pytest.mark.parametrize(("group", "function"), CASES, indirect=["group"], ids=name)
 def test_results_are_those_of_arithmetic_and_equal_on_all_ranks(group: Residents, function: Callable[..., Any]) -> None:
     first, *others = group.run(function)
     assert first, "it checked nothing"
     for rank, digests in enumerate(others, start=1):
         assert digests == first, f"rank {rank} has other bits than rank 0"
+
+
+@pytest.mark.parametrize("group", JOBS, indirect=True, ids=name)
+def test_nobody_leaves_a_barrier_before_all_have_entered(group: Residents) -> None:
+    for times in zip(*group.run(operations.barriers), strict=True):
+        assert max(entered for entered, _ in times) <= min(left for _, left in times)
+
+
+DEATHS = [
+    ("all_reduce", ["begin", "transfer", "reduce"], 0),
+    ("all_reduce out of place", ["staged", "confirmed", "copied"], 1),
+    ("all_gather", ["transfer", "end", "enter"], 2),
+    ("reduce_scatter", ["reduce", "end", "transfer"], 3),
+]
+
+
+@pytest.mark.parametrize(("kind", "points", "rank"), DEATHS)
+def test_survivors_of_killed_ranks_end_alike_and_go_on(kind: str, points: list[str], rank: int) -> None:
+    victims = [rank, (rank + 1) % 3, rank % 2]
+    with OPEN_MPI(founders=4) as cluster:
+        living = cluster.peers(mortal, 4, kind=kind, points=points, size="bulk", victims=victims)
+        for victim, point in zip(victims, points, strict=True):
+            reports = []
+            for process in list(living):
+                word = process.expect("report", "fired")
+                if word["event"] == "report":
+                    reports.append(word)
+                    continue
+                assert process.ending().signal == signal.SIGKILL
+                living.remove(process)
+            judge(reports, kind, point, victim, "mpi")
+        for process in living:
+            process.result()
+
+
+def test_a_stopped_rank_is_evicted_and_may_join_again() -> None:
+    with OPEN_MPI(founders=3, heartbeat=0.1, heartbeat_timeout=2.0) as cluster:
+        joined = cluster.peers(silences.stopped, 3, point="transfer")
+        members = sorted(joined, key=lambda process: process.expect("rank")["rank"])
+        assert members[1].expect("here")["where"].startswith("transfer")
+        members[1].stop()
+        for process in (members[0], members[2]):
+            process.expect("done")
+        members[1].tell("woken")
+        members[1].wake()
+        seen = [members[0].result()["seen"], members[2].result()["seen"]]
+        stopped = members[1].result()
+    assert "taken for dead" in stopped["said"]
+    assert stopped["rejoined"] == 4
+    assert seen[0] == seen[1]
+    assert all(len(contributors) == 2 for contributors in seen[0][1:])
+
+
+def test_nothing_of_an_abandoned_epoch_stays_in_mpi() -> None:
+    with OPEN_MPI(founders=4) as cluster:
+        members = cluster.peers(mpi_jobs.settle, 4, rounds=2)
+        endings = [process.ending() for process in members]
+    survivors = [ending.value for ending in endings if not ending.signal]
+    assert len(survivors) == 2
+    assert survivors[0] == survivors[1]
+    assert survivors[0]["left"] == 0
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_sends_that_were_not_received_end_in_the_next_epoch(library: str) -> None:
+    with LIBRARIES[library](founders=2) as cluster:
+        results = cluster.run(mpi_jobs.abandon, 2)
+    for result in results:
+        assert result["held"] > 0, "nothing was under way"
+        assert result["left"] == 0
+        assert result["got"] == [[1], [9]]
+        assert "aborted" in result["said"]
+
+
+def test_long_messages_go_in_pieces() -> None:
+    with OPEN_MPI(founders=2) as cluster:
+        assert cluster.run(mpi_jobs.large, 2) == [[2, 2 * 199_999]] * 2
+
+
+def test_a_process_of_no_job_is_refused_and_the_members_go_on() -> None:
+    with OPEN_MPI(founders=2, transport="mpi") as cluster:
+        members = cluster.peers(mpi_jobs.hosts, 2)
+        for process in members:
+            process.expect("joined")
+        said = cluster.peer(mpi_jobs.stranger).result()
+        assert [process.result() for process in members] == [{"size": 2}] * 2
+    assert "no rank of the MPI job" in said
+    assert "one mpirun" in said
+
+
+def test_mpich_says_that_it_cannot_go_on_after_a_death() -> None:
+    with MPICH(founders=3) as cluster:
+        members = cluster.peers(mortal, 3, kind="all_reduce", points=["transfer"], size="bulk", victims=[1])
+        errors = [error for process in members if (error := unsupported(process)) is not None]
+    assert all("MPICH" in error and "--with-ft ulfm" in error for error in errors)
+
+
+def unsupported(process: Process) -> str | None:
+    """How a rank of MPICH ended after a death: by `Unsupported`, or by its launcher, which may be faster; never not."""
+    ending = process.ending(timeout=30.0)
+    if ending.signal:
+        return None
+    assert ending.error == "Unsupported", ending
+    return ending.message

@@ -37,28 +37,42 @@ class Library:
     launcher: tuple[str, ...]
     python: str
     environ: Mapping[str, str]
+    ends_survivors: bool
+    """Whether a rank's death may end the others too."""
 
 
 def _open_mpi() -> Library:
     home = Path(sys.prefix) / "bin"
     environ = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return Library("Open MPI", (str(home / "mpirun"), "--oversubscribe", "--with-ft", "ulfm"), sys.executable, environ)
+    return Library(
+        "Open MPI", (str(home / "mpirun"), "--oversubscribe", "--with-ft", "ulfm"), sys.executable, environ, False
+    )
 
 
 def _mpich() -> Library:
     home = Path(os.environ.get("RINGHOLD_MPICH", ROOT / ".venv-mpich")) / "bin"
     # Without the option its launcher kills the survivors of a death.
-    return Library("MPICH", (str(home / "mpiexec"), "-disable-auto-cleanup"), str(home / "python"), {})
+    return Library("MPICH", (str(home / "mpiexec"), "-disable-auto-cleanup"), str(home / "python"), {}, True)
 
 
 LIBRARIES = {"openmpi": _open_mpi(), "mpich": _mpich()}
 
 
 class Rank(Process):
-    """A rank of the job, seen from the test. Its parent is the launcher, so that its exit code is not ours to know."""
+    """A rank of the job, seen from the test. Its parent is the launcher, so that its exit code is not ours to know.
 
-    def __init__(self, name: str, pid: int, line: socket.socket, log: Path) -> None:
+    `frail`: it may be ended by the launcher when another dies.
+    """
+
+    def __init__(self, name: str, pid: int, line: socket.socket, log: Path, frail: bool) -> None:
         super().__init__(name, Child(0, pid, os.pidfd_open(pid)), line, log)
+        self.killed = frail
+
+    def expect(self, *events: str, timeout: float = PATIENCE) -> dict[str, Any]:
+        """Wait for one of `events`; "fired" is what a program says before it kills itself."""
+        one = super().expect(*events, timeout=timeout)
+        self.killed |= one["event"] == "fired"
+        return one
 
     def status(self, timeout: float) -> int:
         """Wait for the end of the process: 0 if it has said how its program ended, -9 if it was killed.
@@ -83,7 +97,6 @@ class MpiCluster(Cluster):
     def peers(self, program: str | Callable[..., Any], count: int, /, **given: Any) -> list[Process]:
         """Start a job of `count` ranks, by rank in the job; all run the same program."""
         assert self._launcher is None, "a cluster has one job"
-        where = self.folder / "ranks"
         reference = program if isinstance(program, str) else f"{program.__module__}:{program.__qualname__}"
         setting = {
             "address": self.address,
@@ -92,6 +105,7 @@ class MpiCluster(Cluster):
             "transport": "mpi",
             "options": self.options,
         }
+        where = self.folder / "ranks"
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMI", "PRTE_"))}
         environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **self._library.environ}
         with socket.socket(socket.AF_UNIX) as listener, (self.folder / "mpirun.log").open("wb") as log:
@@ -142,7 +156,7 @@ class MpiCluster(Cluster):
         line, _ = listener.accept()
         with line.makefile("rb", buffering=0) as file:
             who = json.loads(file.readline())
-        return Rank(who["name"], who["pid"], line, Path(who["log"]))
+        return Rank(who["name"], who["pid"], line, Path(who["log"]), self._library.ends_survivors)
 
 
 OPEN_MPI = functools.partial(MpiCluster, "openmpi")
