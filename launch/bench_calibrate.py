@@ -23,6 +23,8 @@ _PRIOR = 0.1
 """Weight of the prior: to be off by a factor of e counts as an error of a tenth in one measurement."""
 _ROUNDS = 30
 _STEP = 1e-3
+_SETTLED = 1e-4
+"""A round that gains less of the sum of squares is the last."""
 
 Times = Mapping[str, Mapping[int, float]]
 """Seconds by algorithm and size in bytes."""
@@ -105,8 +107,11 @@ def _least_squares(residuals: Callable[[Vector], Vector], start: Vector) -> Vect
         step = np.linalg.solve(normal + damping * np.eye(len(best)), -slopes.T @ errors)
         candidate = best + np.clip(step, -1.0, 1.0)
         found = residuals(candidate)
-        if found @ found < errors @ errors:
+        gain = errors @ errors - found @ found
+        if gain > 0:
             best, errors, damping = candidate, found, damping / 3
+            if gain < _SETTLED * (found @ found):
+                break
         else:
             damping *= 4
     return best

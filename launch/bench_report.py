@@ -98,8 +98,8 @@ class Report:
         units = f" {'(us)':>9} {'(GB/s)':>7} {'(GB/s)':>7} {'':>7}{' ' * len(rivals)}"
         self._print(
             f"# {request.kind}: {self._peers} ranks, transport {row['transport']}, algorithm {request.algorithm}, "
-            f"lanes {request.lanes}{', registered memory' if request.registered else ''}, {request.rounds} rounds after "
-            f"{request.warmup} to warm up, {request.checks} checked"
+            f"lanes {request.lanes}{', registered memory' if request.registered else ''}, "
+            f"{request.rounds} rounds after {request.warmup} to warm up, {request.checks} checked"
         )
         if request.rivals:
             self._print("# xNAME: time of NAME over ours, in turns within the same processes; above 1 ours is faster")
