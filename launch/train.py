@@ -147,8 +147,9 @@ def _check_transport(name: str) -> None:
     if name == "gloo":
         return  # always there; the others are only known to a module that imports torch
     from collectives.epochs import TRANSPORTS
+    from collectives.transports.emulated import PREFIX
 
-    if name not in TRANSPORTS:
+    if name.removeprefix(PREFIX) not in TRANSPORTS:
         raise UsageError(f"unknown --transport {name!r}; there are {', '.join(sorted(TRANSPORTS))}")
 
 
