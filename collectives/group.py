@@ -14,6 +14,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from collectives import descriptor, faults
+from collectives.arrangement import Arrangement
 from collectives.confirm import confirm
 from collectives.descriptor import Descriptor
 from collectives.engine import Engine
@@ -41,6 +42,8 @@ class Runner(ABC):
     """
 
     trace: Trace | None = None
+    arrangement: Arrangement | None = None
+    """How members are arranged, where that was found out; set while no operation is under way, on all members alike."""
 
     @abstractmethod
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
@@ -318,7 +321,10 @@ class Group(Runner):
     def _view_of(self, lane: str, epoch: int) -> View:
         core = self._session.core
         members = core.members_of(lane, epoch)
-        return View(epoch, members, members.index(core.member), self._epochs.kind, self._hosts(members, epoch))
+        hosts, order = self._hosts(members, epoch), None
+        if self.arrangement is not None:
+            hosts, order = hosts or self.arrangement.hosts_of(members), self.arrangement.order_of(members)
+        return View(epoch, members, members.index(core.member), self._epochs.kind, hosts, order)
 
     def _hosts(self, members: tuple[int, ...], epoch: int) -> tuple[int, ...] | None:
         """Number the members' hosts, if there are several. Of a past epoch they are not known, nor asked for."""
