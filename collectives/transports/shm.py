@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from collectives.arena import MappedArena, process_arena
+from collectives.arena import Arena, MappedArena, process_arena
 from collectives.errors import OperationTimeout, ProtocolError, TransportLost
 from collectives.staging import copy_out
 from collectives.transports.base import Pending, Transport
@@ -113,7 +113,7 @@ class ShmTransport(Transport):
         self.rank = rank
         self.size = len(addresses)
         self._epoch, self._nonce = epoch, nonce
-        self._arena = process_arena()
+        self._arena: Arena | None = process_arena()
         self._links = PeerLinks(listener, rank, addresses, key, epoch, nonce)
         self._lock = threading.Lock()
         self._arrived: defaultdict[_Key, deque[bytes]] = defaultdict(deque)
@@ -133,13 +133,13 @@ class ShmTransport(Transport):
             TransportLost: aborted (`peer` None); `peer` did not link in `timeout` seconds, or is on another host.
 
         """
-        descriptor = make_segment(self.size)
+        arena, descriptor = self._registered(), make_segment(self.size)
         try:
             mine = Segment(descriptor, self.size, self.rank, own=True)
             mine.mark(self._nonce, self._epoch, valid=True)
             with self._lock:
                 self._mine = mine
-            handed = self._links.connect(timeout, (descriptor, self._arena.descriptor))
+            handed = self._links.connect(timeout, (descriptor, arena.descriptor))
         finally:
             os.close(descriptor)
         try:
@@ -203,6 +203,7 @@ class ShmTransport(Transport):
             if self._mine is not None:
                 self._mine.doorbell.ring()
             time.sleep(0.0005)
+        self._arena = None
         with self._lock:
             if self._inside:
                 return  # somebody is still in there; its references keep the memory
@@ -279,12 +280,12 @@ class ShmTransport(Transport):
                 raise TransportLost(f"rank {peer} has given this epoch up")
 
     def _offer(self, peer: int, data: Tensor, channel: int, awaited: bool) -> None:
-        other = self._peer(peer)
-        offset = self._arena.offset(data)
+        other, arena = self._peer(peer), self._registered()
+        offset = arena.offset(data)
         copy = None
         if offset is None and not other.reads_us:
-            copy = self._arena.empty(data.numel(), data.dtype).copy_(data)
-            offset = self._arena.offset(copy)
+            copy = arena.empty(data.numel(), data.dtype).copy_(data)
+            offset = arena.offset(copy)
         acknowledge = awaited or copy is not None
         offer = _Offer.pack(data.data_ptr() if offset is None else offset, data.nbytes, offset is not None, acknowledge)
         with self._lock:
@@ -324,6 +325,12 @@ class ShmTransport(Transport):
         with self._lock:
             self._refuse()
             return self._peers[peer]
+
+    def _registered(self) -> Arena:
+        arena = self._arena
+        if arena is None:
+            raise TransportLost("the transport of this epoch was closed")
+        return arena
 
     def _refuse(self) -> None:
         if self._aborted:
