@@ -5,7 +5,7 @@ Makes the virtual environment .venv beside this file if there is none, installs 
 constraints.txt (again only when pyproject.toml or constraints.txt changed), and runs:
 
     demo [ARGS]   ringhold demo: the training run that lives through churn
-    test [ARGS]   the whole test suite (pytest ARGS)
+    test [ARGS]   the whole test suite (pytest ARGS), also over MPICH, which gets an environment of its own: .venv-mpich
     lint          ruff and mypy --strict
     run ARGS      any command of the environment, such as `run ringhold --help`
 """
@@ -20,22 +20,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 HOME = Path(os.environ.get("RINGHOLD_VENV", ROOT / ".venv"))
 PYTHON = HOME / "bin" / "python"
+MPICH = Path(os.environ.get("RINGHOLD_MPICH", ROOT / ".venv-mpich"))
+PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt")
 EXTRAS = {"demo": "", "run": "", "test": "[test,mpi]", "lint": "[dev,mpi]"}
 
 
-def install(extras: str) -> None:
-    """Bring the environment up to date with pyproject.toml and constraints.txt, plus these extras."""
-    wanted = hashlib.sha256(b"".join((ROOT / n).read_bytes() for n in ("pyproject.toml", "constraints.txt")))
-    stamp = HOME / f"ringhold-{extras.strip('[]') or 'base'}.stamp"
-    if stamp.exists() and stamp.read_text() == wanted.hexdigest():
+def install(home: Path, name: str, *wanted: str) -> None:
+    """Bring an environment up to date with pyproject.toml and constraints.txt: what pip is to install, by `name`."""
+    files = hashlib.sha256(b"".join((ROOT / n).read_bytes() for n in ("pyproject.toml", "constraints.txt")))
+    stamp = home / f"ringhold-{name}.stamp"
+    if stamp.exists() and stamp.read_text() == files.hexdigest():
         return
-    if not PYTHON.exists():
-        print(f"making the virtual environment {HOME}", file=sys.stderr)
-        venv.create(HOME, with_pip=True)
-    print(f"installing ringhold{extras} (the first time this takes a minute or two)", file=sys.stderr)
-    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", f".{extras}"], cwd=ROOT, check=True)
-    stamp.write_text(wanted.hexdigest())
+    python = home / "bin" / "python"
+    if not python.exists():
+        print(f"making the virtual environment {home}", file=sys.stderr)
+        venv.create(home, with_pip=True)
+    print(f"installing {' '.join(wanted)} (the first time this takes a minute or two)", file=sys.stderr)
+    subprocess.run([python, *PIP, *wanted], cwd=ROOT, check=True)
+    stamp.write_text(files.hexdigest())
+
+
+def install_mpich() -> None:
+    """Make the second environment: MPICH's commands have the names of Open MPI's. All else it finds in the first."""
+    install(MPICH, "mpich", "mpi4py", "mpich")
+    (packages,) = (MPICH / "lib").glob("python*/site-packages")
+    (first,) = (HOME / "lib").glob("python*/site-packages")
+    (packages / "ringhold.pth").write_text(f"import site; site.addsitedir({str(first)!r})\n")
 
 
 def commands(name: str, args: list[str]) -> list[list[str | Path]]:
@@ -59,7 +69,10 @@ def main() -> int:
         print(__doc__.strip(), file=sys.stderr)
         return 0 if name in ("-h", "--help") else 2
     try:
-        install(EXTRAS[name])
+        extras = EXTRAS[name]
+        install(HOME, extras.strip("[]") or "base", "-e", f".{extras}")
+        if name == "test":
+            install_mpich()
     except subprocess.CalledProcessError as error:
         print(f"dev.py: installing failed ({error.returncode}); the lines above say why", file=sys.stderr)
         return 2

@@ -101,6 +101,11 @@ def peer_environment(environ: Mapping[str, str], keep_mpi: bool = False) -> dict
     return {"GLIBC_TUNABLES": _STREAMING, **kept}
 
 
+def launcher_descriptors(environ: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the open descriptors that a process in this environment speaks to its MPI launcher on (MPICH's PMI)."""
+    return (int(environ["PMI_FD"]),) if environ.get("PMI_FD", "").isdecimal() else ()
+
+
 def _read(environ: Mapping[str, str], kind: LauncherKind, attempt: int) -> Launcher:
     names = _NAMES[kind]
     rank, size = _number(environ, kind, names[0]), _number(environ, kind, names[1])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.child import PARENT_PID, REPORT_FD
+from launch.environment import launcher_descriptors
 
 Message = tuple[str, dict[str, Any]]
 """(name of the child, message); the supervisor's own messages have the name ""."""
@@ -53,7 +54,7 @@ class Child:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**environ, REPORT_FD: str(write_end), PARENT_PID: str(os.getpid())},
-                    pass_fds=(write_end,),
+                    pass_fds=(write_end, *launcher_descriptors(environ)),
                     # Its own session: Ctrl-C at the terminal reaches the supervisor alone, which ends the rest.
                     start_new_session=True,
                 )

@@ -106,6 +106,8 @@ def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
     if coordinator:
         console.split_address(coordinator, "--coordinator")
     _check_transport(given["transport"])
+    if given["transport"] == "mpi":
+        _check_mpi(launcher, given)
     out = given["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     names = ("preset", "steps", "batch", "context", "lr", "dtype", "seed", "data", "resume", "reproducible")
     settings = {name: given[name] for name in names}
@@ -151,6 +153,19 @@ def _check_transport(name: str) -> None:
 
     if name.removeprefix(PREFIX) not in TRANSPORTS:
         raise UsageError(f"unknown --transport {name!r}; there are {', '.join(sorted(TRANSPORTS))}")
+
+
+def _check_mpi(launcher: Launcher | None, given: dict[str, Any]) -> None:
+    """MPI takes nobody in after its job was started: all peers are its ranks, and none comes back."""
+    if launcher is None or launcher.kind == "torchrun":
+        raise UsageError(
+            "--transport mpi needs an MPI launcher: mpirun --with-ft ulfm -n 4 python -m launch.train --transport mpi"
+        )
+    if given["restart"] or given["churn_rate"] or any(f.kind == "join" for f in faults.parse(given["churn"])):
+        raise UsageError(
+            "over MPI no peer can join after the start; drop --restart, --churn-rate and joins, or use --transport "
+            "gloo, shm or sockets"
+        )
 
 
 def _plan(
