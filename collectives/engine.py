@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from collectives.cutting import Cutting
 from collectives.instructions import Kernel, Machine, Probe
-from collectives.plan import Cutting
 from collectives.program import Program, compile_program
 from collectives.reduction import ReduceOp, function
 from collectives.schedule import Schedule
@@ -30,8 +30,8 @@ PACK_BYTES = 2**14
 WINDOW = 4
 """Receives posted ahead. Two are 5% slower over gloo, eight no faster. Transports without rendezvous do not care."""
 PROBES = ("begin", "transfer", "reduce", "end")
-"""The points at which `probe` is called: before anything is received, after each segment that arrived, after each segment
-that was reduced, and when all is staged and nothing in flight."""
+"""The points at which `probe` is called: before anything is received, after each segment that arrived, after each
+segment that was reduced, and when all is staged and nothing in flight."""
 
 _NOTHING = torch.empty(0)
 _NO_KERNELS: Mapping[str, Kernel] = {}

@@ -7,9 +7,9 @@ when the receive of that number, in the order in which they are waited for, has 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise, zip_longest
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
+from collectives.cutting import Cutting, Message, arranged, messages, pieces, segments
 from collectives.errors import UsageError
 from collectives.footprint import merged
 from collectives.instructions import (
@@ -33,32 +33,6 @@ from collectives.schedule import Compute, LocalStep, Recv, Schedule, Send
 START = -1
 NEVER_USED = -2
 """As the time after which a range may be overwritten: from before the start."""
-
-_GRAIN = 1024
-"""Segments are cut at multiples of so many elements, so that vector instructions find them aligned."""
-
-Row = TypeVar("Row", Send, Recv)
-
-
-class Cutting(NamedTuple):
-    """What the compiler needs to know besides schedule and rank; the same on all ranks but for `lift`."""
-
-    segment: int
-    """Transfers are cut into segments of about this many elements."""
-    inline: int
-    """A transfer of up to this many elements goes as notes."""
-    note: int
-    """Elements of such a note, about."""
-    window: int
-    """Receives that are posted ahead."""
-    convert: bool
-    """Staging has another dtype than the caller's tensor."""
-    lift: bool
-    """Copy wanted ranges that never leave the caller's tensor into staging as well."""
-    pack: int = 0
-    """Transfers of up to this many elements in one step between two ranks share a note; no more than `inline`."""
-    lend: bool = False
-    """Nobody waits for a send that nothing overwrites."""
 
 
 @dataclass(slots=True)
@@ -111,16 +85,6 @@ class _Cell(NamedTuple):
 _Cells = list[tuple[int, int, _Cell]]
 
 
-@dataclass(slots=True)
-class _Message(Generic[Row]):
-    """What goes between two ranks at once: a segment of a row, or several whole rows; `numbers` are theirs."""
-
-    peer: int
-    inline: bool
-    rows: list[Row]
-    numbers: list[int]
-
-
 class Plan:
     """The result of the first pass.
 
@@ -157,7 +121,7 @@ class Plan:
 
     def _plan_step(self, step: LocalStep) -> None:
         arrived = len(self.receives) - 1
-        for sending in self._messages(step.sends):
+        for sending in messages(step.sends, self.cutting):
             if sending.rows[0].start < sending.rows[0].stop:
                 self._plan_send(sending, step.step)
             else:
@@ -168,7 +132,7 @@ class Plan:
         for compute in step.computes:
             self._plan_compute(compute, step.step)
 
-    def _plan_send(self, message: _Message[Send], step: int) -> None:
+    def _plan_send(self, message: Message[Send], step: int) -> None:
         data: list[Where] = []
         ready, lifted, number = START, _Cells(), len(self.send_step)
         for row in message.rows:
@@ -194,13 +158,13 @@ class Plan:
     def _plan_receives(self, step: LocalStep) -> None:
         """Plan the receives of a step in the order of messages, and what becomes of them in the order of rows."""
         first = len(self.receives)
-        messages, apart = self._arranged(step.recvs)
-        last = first + len(messages) - 1
+        arrivals, apart = arranged(step.recvs, self.cutting)
+        last = first + len(arrivals) - 1
         # A note that brings several rows may bring one too early where the order of rows counts.
-        early = START if apart or all(len(message.rows) == 1 for message in messages) else last
+        early = START if apart or all(len(message.rows) == 1 for message in arrivals) else last
         defer = last if _crosses(step) else early
         rows = []
-        for index, message in enumerate(messages, first):
+        for index, message in enumerate(arrivals, first):
             self.receives.append(Receive(message.peer, step.step, message.inline))
             rows += [(number, index, row) for number, row in zip(message.numbers, message.rows, strict=True)]
         for _, index, row in sorted(rows, key=lambda entry: entry[0]):
@@ -241,7 +205,7 @@ class Plan:
 
     def _plan_compute(self, compute: Compute, step: int) -> None:
         whole = compute.start, compute.stop, False
-        for start, stop, _ in self._cut(compute) if compute.elementwise else [whole]:
+        for start, stop, _ in segments(compute, self.cutting) if compute.elementwise else [whole]:
             cells = self._lifted(self._known(start, stop))
             readers = self._over(_readers(cells), step)
             due = max(cell.ready for _, _, cell in cells)
@@ -261,7 +225,7 @@ class Plan:
                     continue
                 result.append(Where(STAGING, low, high))
                 if cell.held:
-                    for first, last in _pieces(low, high, self.cutting.segment):
+                    for first, last in pieces(low, high, self.cutting.segment):
                         self._lift(min(due, len(self.receives) - 1), first, last, cell)
                         due += 1
         return result
@@ -304,53 +268,6 @@ class Plan:
     def _when(self, due: int, instruction: Instruction, waits: frozenset[int] = frozenset()) -> None:
         self.due.setdefault(due, []).append(Task(instruction, waits))
 
-    def _messages(self, rows: tuple[Row, ...]) -> list[_Message[Row]]:
-        """What the rows of a step are cut into, or put together to; both ends of a transfer find the same."""
-        made: list[_Message[Row]] = []
-        taking: dict[int, tuple[_Message[Row], int]] = {}  # by peer, a note that takes more rows, and its size
-        for number, row in enumerate(rows):
-            size = row.stop - row.start
-            small = 0 < size <= self.cutting.pack
-            note, filled = taking.pop(row.peer, (None, 0))
-            if small and note is not None and filled + size <= self.cutting.note:
-                note.rows.append(row)
-                note.numbers.append(number)
-                taking[row.peer] = note, filled + size
-                continue
-            for start, stop, inline in self._cut(row):
-                made.append(_Message(row.peer, inline, [row._replace(start=start, stop=stop)], [number]))
-            if small:
-                taking[row.peer] = made[-1], size
-        return made
-
-    def _cut(self, row: Send | Recv | Compute) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, stop, inline) of the segments of a transfer."""
-        if row.start == row.stop:
-            yield row.start, row.stop, True
-            return
-        inline = row.stop - row.start <= self.cutting.inline
-        for start, stop in _pieces(row.start, row.stop, self.cutting.note if inline else self.cutting.segment):
-            yield start, stop, inline
-
-    def _arranged(self, recvs: tuple[Recv, ...]) -> tuple[list[_Message[Recv]], bool]:
-        """The messages of a step in the order in which they are dealt with, and whether no two ranges overlap.
-
-        From one peer they come row by row. Several peers take turns, so that what they bring is sent on evenly, and
-        what all bring to the same range is reduced while it is in the caches; but where ranges overlap in part it is
-        row by row throughout, because reductions happen in the order of rows.
-        """
-        messages = self._messages(recvs)
-        spans = sorted((recv.start, recv.stop) for recv in recvs if recv.start < recv.stop)
-        overlap = any(first[1] > second[0] for first, second in pairwise(spans))
-        alike = len(set(spans)) == 1 and len({recv.peer for recv in recvs}) == len(recvs)
-        if overlap and not alike:
-            return messages, False
-        by_peer: dict[int, list[_Message[Recv]]] = {}
-        for message in messages:
-            by_peer.setdefault(message.peer, []).append(message)
-        turns = [message for turn in zip_longest(*by_peer.values()) for message in turn if message is not None]
-        return turns, not overlap
-
 
 def _crosses(step: LocalStep) -> bool:
     """Whether reductions of a step must wait until all its receives are here.
@@ -379,11 +296,3 @@ def _in_caller(cells: _Cells) -> Where:
 
 def _readers(cells: _Cells) -> frozenset[int]:
     return frozenset(send for _, _, cell in cells for send in cell.readers)
-
-
-def _pieces(start: int, stop: int, size: int) -> Iterator[Range]:
-    """Cut [start, stop) into pieces of about `size`, as even as the grain allows."""
-    parts = max(1, round((stop - start) / size))
-    step = -(-(stop - start) // (parts * _GRAIN)) * _GRAIN
-    for low in range(start, stop, step):
-        yield low, min(low + step, stop)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from collectives.cutting import Cutting
 from collectives.footprint import Footprint, merged
 from collectives.instructions import (
     NOWHERE,
@@ -32,9 +33,8 @@ from collectives.instructions import (
     TakePack,
     Where,
 )
-from collectives.plan import NEVER_USED, START, Cutting, Plan
+from collectives.plan import NEVER_USED, START, Plan
 from collectives.schedule import Schedule
-
 
 WAITING = (AwaitReceive, AwaitSend, BorrowReceive, TakeNote, TakePack)
 """Instructions that end only when a peer has done something."""

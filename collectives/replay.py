@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from collectives.crossing import Intervals, Route, cross, forget, jitter_of, reserve, route_of
+from collectives.cutting import Cutting
 from collectives.instructions import (
     AwaitSend,
     Fold,
@@ -22,7 +23,6 @@ from collectives.instructions import (
     TakeNote,
     TakePack,
 )
-from collectives.plan import Cutting
 from collectives.program import compile_program
 from collectives.schedule import Schedule
 from collectives.topology import Floats, Topology

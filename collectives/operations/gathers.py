@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from collectives.operations.base import Operation, View
-from collectives.operations.tensors import brief, check_out, flat, handed_over, row_size, write
+from collectives.operations.tensors import brief, check_out, handed_over, row_size, write
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,10 +90,6 @@ class GatherRows(Operation):
     def counts(self, view: View) -> tuple[int, ...]:
         """In elements."""
         return tuple(self.rows[member] * row_size(self.tensor) for member in view.members)
-
-    def source(self, view: View) -> Tensor:
-        """All rows of this member."""
-        return flat(self.input)
 
     def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
         """Hand over the staging as (rows of all, ...)."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from collectives import choice
 from collectives.algorithms import bidirectional, doubling, ring
+from collectives.cutting import Cutting
 from collectives.engine import Engine
 from collectives.errors import OperationTimeout, UsageError
 from collectives.instructions import CALLER, STAGING, PostNote, PostPack, PostSend, TakeNote, TakePack, Where
-from collectives.plan import Cutting
 from collectives.program import compile_program
 from collectives.region import split
 from collectives.schedule import Schedule, Step
