@@ -1,4 +1,4 @@
-"""`launch.train --transport mpi` under real launchers: a run that loses a peer over Open MPI, a healthy one over MPICH."""
+"""`launch.train --transport mpi` under real launchers: a peer dies over Open MPI; a healthy run over MPICH."""
 
 import json
 import os
