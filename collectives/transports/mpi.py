@@ -26,7 +26,7 @@ from collectives.transports.mpi_message import Inbound, Message
 
 INLINE_LIMIT = 2**16
 SEGMENT_BYTES = 2**21
-"""1 MiB takes 5 to 20% longer at 16 MiB and alike at 64, on 2 and 4 ranks; 256 KiB up to half more."""
+"""The best of 256 KiB to 4 MiB on 2 and 4 ranks, by a little: see `benchmarks.mpi`, option --segment."""
 MOST_BYTES = 2**30
 """Of one MPI message: its count is a 32-bit number. What is longer goes in pieces."""
 _TAGS = 2**31
