@@ -19,6 +19,7 @@ from collectives.transports.handshake import link_key
 from collectives.transports.mesh import LinkListener
 from collectives.transports.mpi import MpiTransport
 from collectives.transports.shm import ShmTransport
+from collectives.transports.site import Site
 from collectives.transports.sockets import SocketTransport
 
 log = logging.getLogger("ringhold.member")
@@ -177,8 +178,9 @@ class Epochs:
         rank = [info.member for info in decision.members].index(member)
         addresses = [(info.host, info.port) for info in decision.members]
         make = TRANSPORTS[self.kind]
+        listen = self._options.listen
         transport: Built = make(
-            self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, hostname=self._options.listen
+            Site(self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, listen)
         )
         if self._network is not None:
             transport = emulate(transport, self._network, self._key, decision.epoch, decision.nonce)

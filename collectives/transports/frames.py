@@ -202,7 +202,7 @@ class Link:
         note.got += count
         if note.got == len(note.view):
             self._arriving = None
-            # A landing given while this note was arriving is its reader's, never the next one's: that would overwrite it.
+            # A landing given meanwhile is this note's reader's, never the next one's: that would overwrite it.
             self.landings.pop(note.channel, None)
             notes.append((note.channel, LANDED if note.own is None else bytes(note.own)))
 

@@ -9,7 +9,7 @@ by such a timeout ("poison"), from a thread of its own.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,7 @@ from collectives.errors import RingholdError, TransportLost
 from collectives.transports.base import CHANNELS, Pending, Transport
 from collectives.transports.gloo_wake import can_wake, wake
 from collectives.transports.links import PeerLinks, Posted
-from collectives.transports.mesh import LinkListener
+from collectives.transports.site import Site
 from collectives.transports.store import LinkStore
 
 INLINE_LIMIT = 2**20
@@ -63,32 +63,17 @@ class _GlooPending(Pending):
 
 
 class GlooTransport(Transport):
-    """Moves one epoch's bytes through a gloo process group of its own.
-
-    Args:
-        listener, rank, addresses, key, epoch, nonce: as `PeerLinks`.
-        hostname: local address that gloo listens on.
+    """Moves one epoch's bytes through gloo process groups of its own.
 
     Call `connect` once before use. `abort` may come at any time, also during `connect`.
-
     """
 
     inline_limit = INLINE_LIMIT
 
-    def __init__(
-        self,
-        listener: LinkListener,
-        rank: int,
-        addresses: Sequence[tuple[str, int]],
-        key: bytes,
-        epoch: int,
-        nonce: bytes,
-        hostname: str = "127.0.0.1",
-    ) -> None:
-        self.rank = rank
-        self.size = len(addresses)
-        self._hostname = hostname
-        self._links = PeerLinks(listener, rank, addresses, key, epoch, nonce)
+    def __init__(self, site: Site) -> None:
+        self.rank, self.size = site.rank, site.size
+        self._hostname = site.hostname
+        self._links = PeerLinks(site)
         self._group: Any = None  # a ProcessGroupGloo; the stubs do not know its send and recv
         self._lock = threading.Lock()
         self._inflight: set[_GlooPending] = set()

@@ -19,7 +19,8 @@ from collectives.transports.base import DONE, Pending
 from collectives.transports.frames import LANDED, LARGE, Link
 from collectives.transports.handover import Handed, hand_over
 from collectives.transports.handshake import Handshake
-from collectives.transports.mesh import LinkListener, MeshBuilder
+from collectives.transports.mesh import MeshBuilder
+from collectives.transports.site import Site
 
 T = TypeVar("T")
 
@@ -46,38 +47,20 @@ class Posted(Pending):
 
 
 class PeerLinks:
-    """The links of `rank` in one epoch, with the ranks at `addresses` (own address included, ignored).
+    """The links of one member of an epoch with all others. `abort` may be called at any time, also during `connect`."""
 
-    Args:
-        listener: where lower ranks take the connections of higher ones; it outlives the epoch.
-        rank: this member's rank in the epoch.
-        addresses: (host, port) of every rank's listener.
-        key: what both ends must hold (`handshake.link_key`).
-        epoch: the epoch's number.
-        nonce: the epoch's nonce; a link of another epoch, or of the same number in another run, is refused.
-
-    `abort` may be called at any time, also during `connect`.
-
-    """
-
-    def __init__(
-        self,
-        listener: LinkListener,
-        rank: int,
-        addresses: Sequence[tuple[str, int]],
-        key: bytes,
-        epoch: int,
-        nonce: bytes,
-    ) -> None:
-        self.rank = rank
-        self.size = len(addresses)
+    def __init__(self, site: Site) -> None:
+        self.rank = site.rank
+        self.size = site.size
 
         def handshake(peer: int | None) -> Handshake:
-            return Handshake(key, epoch, nonce, rank, len(addresses), peer)
+            return Handshake(site.key, site.epoch, site.nonce, site.rank, site.size, peer)
 
         self._abort_read, self._abort_write = os.pipe()  # readable once aborted: nobody ever reads it
         self._nudge_read, self._nudge_write = os.pipe()  # makes the leader look again at what it polls
-        self._builder: MeshBuilder | None = MeshBuilder(listener, rank, addresses, handshake, self._abort_read)
+        self._builder: MeshBuilder | None = MeshBuilder(
+            site.listener, site.rank, site.addresses, handshake, self._abort_read
+        )
         self._links: dict[int, Link] = {}
         self._by_fd: dict[int, Link] = {}
         self._poll = select.poll()

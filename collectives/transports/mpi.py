@@ -10,7 +10,7 @@ sender chooses and tells the receiver in a note: what a former epoch left can ne
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,9 +20,9 @@ from collectives.errors import OperationTimeout, TransportLost, Unsupported
 from collectives.transports import mpi_world
 from collectives.transports.base import CHANNELS, Pending, Transport
 from collectives.transports.links import PeerLinks, Posted
-from collectives.transports.mesh import LinkListener
 from collectives.transports.mpi_leftovers import Owed, Stream
 from collectives.transports.mpi_message import Inbound, Message
+from collectives.transports.site import Site
 
 INLINE_LIMIT = 2**16
 SEGMENT_BYTES = 2**21
@@ -46,7 +46,7 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class MpiTransport(Transport):
-    """Moves one epoch's bytes through MPI; the arguments are those of `PeerLinks`, `hostname` is not used.
+    """Moves one epoch's bytes through MPI.
 
     Call `connect` once before use. `abort` may come at any time, also during `connect`.
 
@@ -58,22 +58,11 @@ class MpiTransport(Transport):
     inline_limit = INLINE_LIMIT
     segment_bytes = SEGMENT_BYTES
 
-    def __init__(
-        self,
-        listener: LinkListener,
-        rank: int,
-        addresses: Sequence[tuple[str, int]],
-        key: bytes,
-        epoch: int,
-        nonce: bytes,
-        hostname: str = "",
-    ) -> None:
-        del hostname
-        self.rank = rank
-        self.size = len(addresses)
+    def __init__(self, site: Site) -> None:
+        self.rank, self.size = site.rank, site.size
         self.world = mpi_world.enter()
-        self._run = key
-        self._links = PeerLinks(listener, rank, addresses, key, epoch, nonce)
+        self._run = site.key
+        self._links = PeerLinks(site)
         self._places: dict[int, int] = {}  # by rank in the epoch, the rank in the job; foreigners have none
         self._lock = threading.Lock()
         self._aborted = False

@@ -12,7 +12,6 @@ import struct
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,8 +23,8 @@ from collectives.transports.base import Pending, Transport
 from collectives.transports.handover import Handed, close_all
 from collectives.transports.links import PeerLinks
 from collectives.transports.mailbox import Inbox, Outbox, Segment, make_segment
-from collectives.transports.mesh import LinkListener
 from collectives.transports.remote import RemoteMemory
+from collectives.transports.site import Site
 
 SEGMENT_BYTES = 2**20
 _NOTE, _OFFER, _ACK, _HELLO = range(4)
@@ -88,33 +87,16 @@ class _Receive(Pending):
 
 
 class ShmTransport(Transport):
-    """Moves one epoch's bytes within a host.
-
-    Args:
-        listener, rank, addresses, key, epoch, nonce: as `PeerLinks`.
-        hostname: not used.
-
-    """
+    """Moves one epoch's bytes within a host."""
 
     segment_bytes = SEGMENT_BYTES
     lends = True
 
-    def __init__(
-        self,
-        listener: LinkListener,
-        rank: int,
-        addresses: Sequence[tuple[str, int]],
-        key: bytes,
-        epoch: int,
-        nonce: bytes,
-        hostname: str = "",
-    ) -> None:
-        del hostname
-        self.rank = rank
-        self.size = len(addresses)
-        self._epoch, self._nonce = epoch, nonce
+    def __init__(self, site: Site) -> None:
+        self.rank, self.size = site.rank, site.size
+        self._epoch, self._nonce = site.epoch, site.nonce
         self._arena: Arena | None = process_arena()
-        self._links = PeerLinks(listener, rank, addresses, key, epoch, nonce)
+        self._links = PeerLinks(site)
         self._lock = threading.Lock()
         self._arrived: defaultdict[_Key, deque[bytes]] = defaultdict(deque)
         self._unread: defaultdict[tuple[int, int], deque[_Unread]] = defaultdict(deque)

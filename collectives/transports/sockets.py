@@ -4,15 +4,13 @@ Built by the membership for each epoch. Tensors are read and written by the thre
 and to their memory; no helper thread, no process group, and nothing that cannot be interrupted.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from collectives.transports.base import Pending, Transport
 from collectives.transports.frames import MAX_NOTE
 from collectives.transports.links import PeerLinks
-from collectives.transports.mesh import LinkListener
+from collectives.transports.site import Site
 
 _BULK = 2**31
 """Added to a channel's number: the channel of its bulk."""
@@ -44,25 +42,14 @@ class _Receive(Pending):
 
 
 class SocketTransport(Transport):
-    """Moves one epoch's bytes over its links; the arguments are those of `PeerLinks`, `hostname` is not used."""
+    """Moves one epoch's bytes over its links."""
 
     inline_limit = 2**62
     """Everything: notes are as good as bulk here, and need no rendezvous."""
 
-    def __init__(
-        self,
-        listener: LinkListener,
-        rank: int,
-        addresses: Sequence[tuple[str, int]],
-        key: bytes,
-        epoch: int,
-        nonce: bytes,
-        hostname: str = "",
-    ) -> None:
-        del hostname
-        self.rank = rank
-        self.size = len(addresses)
-        self._links = PeerLinks(listener, rank, addresses, key, epoch, nonce)
+    def __init__(self, site: Site) -> None:
+        self.rank, self.size = site.rank, site.size
+        self._links = PeerLinks(site)
 
     def connect(self, timeout: float) -> None:
         """Link with all peers; see `PeerLinks.connect`."""

@@ -148,8 +148,10 @@ class _Hand:
         """The first half of `connect`: an abort that comes after it strikes the new transport, not the old one."""
         if self.transport is not None:
             self.transport.close()
+        from collectives.transports.site import Site
+
         made = getattr(importlib.import_module(f"collectives.transports.{kind}"), KINDS[kind])
-        self.transport = made(self.listener, rank, addresses, KEY, epoch, b"nonce")
+        self.transport = made(Site(self.listener, rank, addresses, KEY, epoch, b"nonce"))
 
     def do_emulate(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, network: str) -> None:
         """`connect`, held to the topology of which `network` is the JSON."""

@@ -21,6 +21,7 @@ from collectives.transports.frames import MAX_NOTE
 from collectives.transports.handshake import Handshake, link_key
 from collectives.transports.links import PeerLinks
 from collectives.transports.mesh import MAX_HANDSHAKES, LinkListener
+from collectives.transports.site import Site
 
 KEY = link_key(b"token", "run")
 NONCE = b"nonce"
@@ -53,7 +54,7 @@ class Mesh:
         self._pool = pool
 
     def make(self, rank: int, key: bytes = KEY, epoch: int | None = None, nonce: bytes = NONCE) -> PeerLinks:
-        return PeerLinks(self.listeners[rank], rank, self.addresses, key, epoch or self.epoch, nonce)
+        return PeerLinks(Site(self.listeners[rank], rank, self.addresses, key, epoch or self.epoch, nonce))
 
     def connect(self, timeout: float = SOON) -> list[Future[Any]]:
         return [self._pool.submit(links.connect, timeout) for links in self.links]

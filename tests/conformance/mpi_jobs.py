@@ -11,6 +11,7 @@ from collectives.errors import TransportLost, Unsupported
 from collectives.transports import mpi_world
 from collectives.transports.mesh import LinkListener
 from collectives.transports.mpi import MpiTransport
+from collectives.transports.site import Site
 from tests.conformance.kinds import average, input_of
 from tests.conformance.lanes import ask_for_error
 from tests.conformance.losses import dying, goes_on
@@ -48,7 +49,7 @@ def abandon(peer: Peer) -> dict[str, Any]:
     assert ports is not None
     addresses = [("127.0.0.1", int(port)) for port in ports]
     other = 1 - comm.rank
-    first = MpiTransport(listener, comm.rank, addresses, b"key", 1, b"nonce")
+    first = MpiTransport(Site(listener, comm.rank, addresses, b"key", 1, b"nonce"))
     first.connect(PATIENCE)
     for value in (1, 2, 3):
         first.send(other, torch.full((1_000_000,), value, dtype=torch.int32), CHANNEL)
@@ -61,7 +62,7 @@ def abandon(peer: Peer) -> dict[str, Any]:
     held = world.leftovers.sweep()
     comm.barrier()
     first.close()
-    second = MpiTransport(listener, comm.rank, addresses, b"key", 2, b"nonce")
+    second = MpiTransport(Site(listener, comm.rank, addresses, b"key", 2, b"nonce"))
     second.connect(PATIENCE)
     sending = second.send(other, torch.full((1_000_000,), 9, dtype=torch.int32), CHANNEL)
     again = torch.zeros(1_000_000, dtype=torch.int32)
