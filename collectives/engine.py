@@ -144,7 +144,7 @@ class Engine:
             cutting = Cutting(
                 segment=segment // size,
                 inline=transport.inline_limit // size,
-                note=self._note_bytes // size,
+                note=min(self._note_bytes, segment) // size,
                 window=self._window,
                 convert=convert,
                 lift=lift,

@@ -76,7 +76,7 @@ class Transport(ABC):
     inline_limit: int = 0
     """The engine sends transfers of up to this many bytes as notes. The same on every member."""
     segment_bytes: int = 0
-    """Into segments of this size the engine cuts bulk transfers; 0: of its own. The same on every member."""
+    """Into segments of this size, or less, the engine cuts transfers; 0: of its own. The same on every member."""
     lends: bool = False
     """Receivers fetch the data themselves and when they like, so that `lend` and early sends are possible."""
 
