@@ -20,6 +20,7 @@ from collectives.algorithms import doubling, ring
 from collectives.transports.mesh import LinkListener
 from collectives.transports.mpi import MpiTransport
 from collectives.transports.mpi_world import enter
+from collectives.transports.site import Site
 
 
 class Rank:
@@ -31,7 +32,7 @@ class Rank:
         self._mpi = world.mpi
         self._listener = LinkListener()
         addresses = self.comm.allgather(self._listener.address)
-        self.transport = MpiTransport(self._listener, world.rank, addresses, b"benchmark", 1, b"")
+        self.transport = MpiTransport(Site(self._listener, world.rank, addresses, b"benchmark", 1, b""))
         self.transport.connect(30)
         self._ours = Ours(self.transport)
 
