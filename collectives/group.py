@@ -35,6 +35,10 @@ from collectives.transports.base import Transport, channel_of
 from collectives.transports.part import PartTransport
 
 
+MOST_VIEWS = 256
+"""So many are remembered: two are asked for with every operation."""
+
+
 class Runner(ABC):
     """Whoever runs operations for a communicator, one at a time on each lane.
 
@@ -111,6 +115,7 @@ class Group(Runner):
         self._engine = Engine(self._pool)
         self._recovered = 0
         self._channels: dict[int, str] = {}
+        self._views: dict[tuple[int, tuple[int, ...]], tuple[Arrangement | None, View]] = {}
 
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Return the ranks of the attempt that completed the lane's last operation."""
@@ -319,12 +324,19 @@ class Group(Runner):
         )
 
     def _view_of(self, lane: str, epoch: int) -> View:
-        core = self._session.core
+        core, arrangement = self._session.core, self.arrangement
         members = core.members_of(lane, epoch)
+        known = self._views.get((epoch, members))
+        if known is not None and known[0] is arrangement:
+            return known[1]
         hosts, order = self._hosts(members, epoch), None
-        if self.arrangement is not None:
-            hosts, order = hosts or self.arrangement.hosts_of(members), self.arrangement.order_of(members)
-        return View(epoch, members, members.index(core.member), self._epochs.kind, hosts, order)
+        if arrangement is not None:
+            hosts, order = hosts or arrangement.hosts_of(members), arrangement.order_of(members)
+        view = View(epoch, members, members.index(core.member), self._epochs.kind, hosts, order)
+        if len(self._views) >= MOST_VIEWS:
+            self._views.clear()
+        self._views[epoch, members] = arrangement, view
+        return view
 
     def _hosts(self, members: tuple[int, ...], epoch: int) -> tuple[int, ...] | None:
         """Number the members' hosts, if there are several. Of a past epoch they are not known, nor asked for."""

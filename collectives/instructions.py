@@ -60,12 +60,7 @@ class Machine:
         self._borrowed: dict[Where, Tensor] = {}
         self._memories = (source, staging, scratch)
         self._item = staging.element_size()
-        nothing = memoryview(b"")
-        self._bytes = (
-            _bytes(source) if source.dtype == staging.dtype else nothing,
-            _bytes(staging),
-            _bytes(scratch) if scratch.numel() else nothing,
-        )
+        self._bytes: list[memoryview | None] = [None, None, None]
 
     def tensor(self, where: Where) -> Tensor:
         """The elements there."""
@@ -77,7 +72,10 @@ class Machine:
     def bytes(self, where: Where) -> memoryview:
         """The bytes there; not of a caller's tensor that has another dtype than staging."""
         memory, start, stop = where
-        return self._bytes[memory][start * self._item : stop * self._item]
+        view = self._bytes[memory]
+        if view is None:
+            view = self._bytes[memory] = _bytes(self._memories[memory])
+        return view[start * self._item : stop * self._item]
 
     def borrow(self, number: int, where: Where) -> None:
         """Take what a receive brings in place of `where`, the next time that is looked at."""

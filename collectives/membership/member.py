@@ -305,6 +305,8 @@ class Member:
 
     def forget(self) -> None:
         """Drop the member lists that no view can name any more."""
+        if len(self.past) == 1:
+            return
         keep = {self.epoch}
         for lane in self.lanes.values():
             keep |= {lane.view, lane.staged_epoch, lane.complete_epoch}

@@ -61,6 +61,8 @@ def row_size(tensor: Tensor) -> int:
 
 def flat(tensor: Tensor) -> Tensor:
     """The elements in a row, of stride 1: torch takes any stride for contiguous where there is one element or none."""
+    if tensor.dim() == 1 and tensor.stride(0) == 1:
+        return tensor
     line = tensor.contiguous().view(-1)
     return line.as_strided((line.numel(),), (1,))
 

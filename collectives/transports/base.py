@@ -11,6 +11,7 @@ A channel is a 31-bit number below `CHANNELS` that keeps the traffic of one lane
 
 import hashlib
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ CHANNELS = 2**31 - 1024
 """Channels are numbers in [0, CHANNELS); those above are the transports' own."""
 
 
+@lru_cache(maxsize=1024)
 def channel_of(lane: str) -> int:
     """Return the channel of the lane named `lane`, the same number in every process.
 
