@@ -31,6 +31,7 @@ from collectives.staging import StagingPool
 from collectives.topology import Link, Topology
 from collectives.transports.emulated import emulate
 from collectives.transports.mesh import LinkListener
+from collectives.transports.site import Site
 from collectives.transports.sockets import SocketTransport
 from launch.child import die_with_parent
 
@@ -114,7 +115,8 @@ def _rank(rank: int, network: Topology, pipe: Connection, parent: int) -> None:
     torch.set_num_threads(1)
     listener = LinkListener()
     pipe.send(listener.address)
-    transport = emulate(SocketTransport(listener, rank, pipe.recv(), _KEY, 1, _NONCE), network, _KEY, 1, _NONCE)
+    site = Site(listener, rank, pipe.recv(), _KEY, 1, _NONCE)
+    transport = emulate(SocketTransport(site), network, _KEY, 1, _NONCE)
     transport.connect(TIMEOUT)
     engine = Engine(StagingPool())
     pipe.send("linked")

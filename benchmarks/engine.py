@@ -30,6 +30,7 @@ from collectives.staging import StagingPool, copy_out
 from collectives.transports.base import Transport
 from collectives.transports.gloo import GlooTransport
 from collectives.transports.mesh import LinkListener
+from collectives.transports.site import Site
 from collectives.transports.sockets import SocketTransport
 
 TRANSPORTS: dict[str, type[GlooTransport] | type[SocketTransport]] = {
@@ -98,7 +99,7 @@ class Rank:
         self.world = world
         self.torchs = Torchs(path, rank, world)
         self.transports = {
-            name: TRANSPORTS[name](options.listener, rank, addresses, b"benchmark", epoch, b"")
+            name: TRANSPORTS[name](Site(options.listener, rank, addresses, b"benchmark", epoch, b""))
             for epoch, name in enumerate(options.transport)
         }
         for transport in self.transports.values():

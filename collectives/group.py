@@ -34,7 +34,6 @@ from collectives.transports.alone import NoTransport
 from collectives.transports.base import Transport, channel_of
 from collectives.transports.part import PartTransport
 
-
 MOST_VIEWS = 256
 """So many are remembered: two are asked for with every operation."""
 
