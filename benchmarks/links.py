@@ -28,6 +28,7 @@ from benchmarks.figures import table, write_json
 from collectives import choice
 from collectives.communicator import Communicator
 from collectives.errors import RingholdError
+from collectives.schedule import Schedule, Step
 from collectives.simulate import simulate
 from collectives.topology import Link, flat
 from collectives.transports.sockets import FAR_SEGMENT_BYTES
@@ -35,6 +36,7 @@ from launch.network import Network
 
 TRANSPORTS = ("sockets", "gloo")
 _PATIENCE = 120.0
+_SHIFTS = 8
 
 Run = Callable[[torch.Tensor], object]
 
@@ -69,13 +71,7 @@ class Member:
 
     def take_turns(self, contest: Contest) -> None:
         """Measure the links, then run everything and report the seconds of each operation."""
-        links = next(iter(self._comms.values())).measure(max(contest.sizes))
-        pairs = [(a, b) for a in range(self._world) for b in range(self._world) if a != b]
-        self._desk.report(
-            "links",
-            latency=statistics.median(links.latency[a][b] for a, b in pairs),
-            bandwidth=statistics.median(links.bandwidth[a][b] for a, b in pairs),
-        )
+        self._measure(max(contest.sizes))
         for size in contest.sizes:
             tensor = torch.ones(size // 4)
             for _ in range(contest.turns):
@@ -91,6 +87,24 @@ class Member:
                     if wrong := int((tensor - self._world).abs().gt(0.02 * self._world).sum()):
                         raise AssertionError(f"{name} summed {wrong} elements of {size} bytes wrongly")
                     self._desk.report("turn", size=size, competitor=name, times=times[1:])
+
+    def _measure(self, size: int) -> None:
+        """Report the latency of an idle link, and the rate at which all links at once carry data in both directions."""
+        comm = next(iter(self._comms.values()))
+        links = comm.measure(2**16)
+        latency = statistics.median(
+            links.latency[a][b] for a in range(self._world) for b in range(self._world) if a != b
+        )
+        count = size // 4
+        buffer, schedule = torch.zeros(self._world * count), to_the_next(self._world, count)
+        seconds = []
+        for _ in range(_SHIFTS):
+            comm.barrier()
+            begun = time.perf_counter()
+            comm.run(schedule, buffer)
+            seconds.append(time.perf_counter() - begun)
+        took = statistics.median(seconds) - besides(self._world, latency) - latency
+        self._desk.report("links", latency=latency, bandwidth=size / took)
 
     def close(self) -> None:
         """Leave all runs."""
@@ -109,14 +123,28 @@ class Member:
         return lambda tensor: comm.all_reduce(tensor, **keywords), comm.barrier
 
 
+def to_the_next(world: int, count: int) -> Schedule:
+    """Each rank sends `count` elements to the next one: what links carry, without anything that depends on them."""
+    part = [((rank * count, (rank + 1) * count),) for rank in range(world)]
+    step = Step.of((rank, (rank + 1) % world, *part[rank][0], False) for rank in range(world))
+    return Schedule.from_steps(
+        "shift", "shift", world, world * count, [step], part, [part[rank - 1] for rank in range(world)]
+    )
+
+
+def besides(world: int, latency: float) -> float:
+    """Seconds that the simulator leaves out: header and rounds of the confirmation, one message behind the other."""
+    return latency * (1 + (world - 1).bit_length())
+
+
 @dataclass(slots=True)
 class Report:
     """What the members said."""
 
     latency: float = 0.0
-    """Of the links, seconds, as `Communicator.measure` finds it."""
+    """Of an idle link, seconds."""
     bandwidth: float = 0.0
-    """Of the links, bytes a second, likewise."""
+    """Of a link while all are busy in both directions, bytes a second."""
     times: dict[tuple[int, str], dict[int, list[float]]] = field(default_factory=dict)
     """Seconds of all operations, by size and competitor, then by member."""
 
@@ -192,22 +220,17 @@ def compare(args: "Arguments", network: Network) -> list[dict[str, Any]]:
 
 
 def predict(args: "Arguments", network: Network) -> list[dict[str, Any]]:
-    """Each algorithm, measured, and simulated on links as they were measured.
-
-    The simulator leaves out what an operation does besides: headers, and the rounds of the confirmation. Each is one
-    message behind the other, so they count as the latency of a link.
-    """
+    """Each algorithm, measured, and simulated on links as they were measured."""
     transport, world = args.transport[0], network.size
     names = args.algorithm or [name for name in choice.names("all_reduce") if name != "hierarchical"]
     competitors = tuple(f"{transport}/{name}" for name in names)
     report = hold(Contest(competitors, tuple(args.size), args.turns, args.in_a_row), network)
     topology = flat(world, Link(report.latency, report.bandwidth))
-    besides = report.latency * (1 + (world - 1).bit_length())
     rows = []
     for (size, competitor), seconds in report.medians().items():
         name = competitor.partition("/")[2]
         schedule = choice.build("all_reduce", name, world, size // 4)
-        predicted = besides + simulate(schedule, topology, segment_bytes=FAR_SEGMENT_BYTES).time
+        predicted = besides(world, report.latency) + simulate(schedule, topology, segment_bytes=FAR_SEGMENT_BYTES).time
         rows.append(
             {
                 "bytes": size,
