@@ -86,9 +86,10 @@ class Communicator(Collectives, PointToPoint):
             coordinator: HOST:PORT; empty: RINGHOLD_COORDINATOR.
             run: name of the run, the same for the coordinator and all members.
             token: the shared secret; None: RINGHOLD_TOKEN, else the file that RINGHOLD_TOKEN_FILE names.
-            transport: "gloo" (torch's gloo carries the bulk), "sockets" (our own links do: Unix-domain sockets within
-                a host, TCP between), "shm" (members of one host read each other's memory) or "mpi"; the same for all
-                members. "emulated:" before it shapes the links as the topology of the options says.
+            transport: "gloo" (torch's gloo carries the bulk; "gloo:4": over four connections a pair), "sockets" (our
+                own links do: Unix-domain sockets within a host, TCP between), "shm" (members of one host read each
+                other's memory) or "mpi"; the same for all members. "emulated:" before it shapes the links as the
+                topology of the options says.
             options: see `Options`.
             on_event: as `on_event`, from the start.
 

@@ -32,7 +32,8 @@ TRANSPORTS: dict[str, type[GlooTransport | SocketTransport | ShmTransport | MpiT
     "shm": ShmTransport,
     "mpi": MpiTransport,
 }
-"""Names that `Communicator.join(transport=...)` knows; each may have "emulated:" before it."""
+"""Names that `Communicator.join(transport=...)` knows; each may have "emulated:" before it, and gloo ":4" behind."""
+MOST_STRIPES = 64
 
 
 class Epochs:
@@ -59,13 +60,10 @@ class Epochs:
         on_failure: Callable[[int, int], None],
         on_refusal: Callable[[], None],
     ) -> None:
-        plain = kind.removeprefix(PREFIX)
-        if plain not in TRANSPORTS:
-            raise OptionError(f"unknown transport {kind!r}; there are {', '.join(sorted(TRANSPORTS))}")
-        TRANSPORTS[plain].prepare()
-        self.kind = plain
+        self.kind, self._stripes, emulated = parse_transport(kind)
+        TRANSPORTS[self.kind].prepare()
         self._arena = process_arena() if self.lends else None  # here to stay, whatever becomes of transports
-        self._network = network(options.topology) if kind != plain else None
+        self._network = network(options.topology) if emulated else None
         self._key = link_key(token, run)
         self._options = options
         self._listener = LinkListener(options.listen)
@@ -180,7 +178,7 @@ class Epochs:
         make = TRANSPORTS[self.kind]
         listen = self._options.listen
         transport: Built = make(
-            Site(self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, listen)
+            Site(self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, listen, self._stripes)
         )
         if self._network is not None:
             transport = emulate(transport, self._network, self._key, decision.epoch, decision.nonce)
@@ -201,3 +199,19 @@ class Epochs:
         self._old = [thread for thread in self._old if thread.is_alive()]
         self._old.append(threading.Thread(target=transport.close, name="ringhold-retire", daemon=True))
         self._old[-1].start()
+
+
+def parse_transport(name: str) -> tuple[str, int, bool]:
+    """A transport's plain name, its number of stripes and whether it is emulated; such as "emulated:gloo:4".
+
+    Raises:
+        OptionError: there is no such transport.
+
+    """
+    plain = name.removeprefix(PREFIX)
+    kind, colon, number = plain.partition(":")
+    if kind not in TRANSPORTS:
+        raise OptionError(f"unknown transport {name!r}; there are {', '.join(sorted(TRANSPORTS))}")
+    if colon and (kind != "gloo" or not number.isdecimal() or not 0 < int(number) <= MOST_STRIPES):
+        raise OptionError(f"transport {name!r}: only gloo has stripes, 1 to {MOST_STRIPES}, such as gloo:4")
+    return kind, int(number or 1), plain != name

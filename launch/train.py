@@ -148,11 +148,9 @@ def conclude(
 def _check_transport(name: str) -> None:
     if name == "gloo":
         return  # always there; the others are only known to a module that imports torch
-    from collectives.epochs import TRANSPORTS
-    from collectives.transports.emulated import PREFIX
+    from collectives.epochs import parse_transport
 
-    if name.removeprefix(PREFIX) not in TRANSPORTS:
-        raise UsageError(f"unknown --transport {name!r}; there are {', '.join(sorted(TRANSPORTS))}")
+    parse_transport(name)
 
 
 def _check_mpi(launcher: Launcher | None, given: dict[str, Any]) -> None:

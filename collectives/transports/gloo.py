@@ -5,17 +5,23 @@ stopped, and when a rank that is no neighbour dies; neither `abort` nor `shutdow
 receive that *times out*: gloo then closes every connection of that context, and whatever is blocked in it raises, but
 for operations whose bytes are half way. So `abort` wakes each wait by itself (`gloo_wake`), and closes the connections
 by such a timeout ("poison"), from a thread of its own.
+
+Two members may have several connections, stripes, which take the segments by turns: for links that one stream of TCP
+does not fill. Each is a process group of its own.
 """
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from collectives.errors import RingholdError, TransportLost
 from collectives.transports.base import CHANNELS, Pending, Transport
@@ -74,7 +80,9 @@ class GlooTransport(Transport):
         self.rank, self.size = site.rank, site.size
         self._hostname = site.hostname
         self._links = PeerLinks(site)
-        self._group: Any = None  # a ProcessGroupGloo; the stubs do not know its send and recv
+        self._stripes = site.stripes
+        self._groups: list[Any] = []  # of ProcessGroupGloo; the stubs do not know its send and recv
+        self._turns: Counter[tuple[str, int, int]] = Counter()
         self._lock = threading.Lock()
         self._inflight: set[_GlooPending] = set()
         self._built = threading.Event()
@@ -144,15 +152,15 @@ class GlooTransport(Transport):
             if self._aborted:
                 return
             self._aborted = True
-            group = self._group
+            groups = list(self._groups)
             inflight = [pending.work for pending in self._inflight]
         self._links.abort()
         self._built.set()
         for work in inflight:
             if work is not None:
                 wake(work)
-        if group is not None:
-            self._help(lambda: _poison(group), "ringhold-poison")
+        for group in groups:
+            self._help(partial(_poison, group), "ringhold-poison")
 
     def close(self) -> None:
         """Free everything; see `Transport.close`. Waits for two seconds at most."""
@@ -186,7 +194,7 @@ class GlooTransport(Transport):
     def _post(self, operation: str, peer: int, data: Tensor, channel: int) -> Pending:
         self._refuse()
         try:
-            work = getattr(self._group, operation)([data], peer, channel)
+            work = getattr(self._next_group(operation, peer, channel), operation)([data], peer, channel)
         except RuntimeError as error:
             raise self.lost(error, peer) from None
         pending = _GlooPending(self, work, data, peer)
@@ -194,6 +202,14 @@ class GlooTransport(Transport):
             self._inflight.add(pending)
         self._refuse()  # `abort` may have been too early to see it
         return pending
+
+    def _next_group(self, operation: str, peer: int, channel: int) -> Any:
+        """The stripes by turns: both ends post in the same order, so that they take the same one."""
+        if self._stripes == 1:
+            return self._groups[0]
+        turn = self._turns[operation, peer, channel]
+        self._turns[operation, peer, channel] = turn + 1
+        return self._groups[turn % self._stripes]
 
     def _refuse(self) -> None:
         if self._aborted or self._closed:
@@ -204,18 +220,20 @@ class GlooTransport(Transport):
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._hostname, lazy_init=False)]
         options._threads = 1  # they run gloo's collectives, which are not used here
         options._timeout = timedelta(seconds=timeout)
-        group = dist.ProcessGroupGloo(LinkStore(self._links, timeout), self.rank, self.size, options)
-        with self._lock:
-            if not self._aborted:
-                self._group = group
+        store = LinkStore(self._links, timeout)
+        for stripe in range(self._stripes):
+            group = dist.ProcessGroupGloo(PrefixStore(str(stripe), store), self.rank, self.size, options)
+            with self._lock:
+                if not self._aborted:
+                    self._groups.append(group)
 
     def _destroy(self) -> None:
         with self._lock:
             pending, self._inflight = self._inflight, set()
-            group, self._group = self._group, None
+            groups, self._groups = self._groups, []
         for one in pending:
             one.drop()
-        del group, pending
+        del groups, pending
 
     def _help(self, work: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=work, name=name, daemon=True)

@@ -69,11 +69,12 @@ class Crew:
             assert not reply.error, f"{reply.error}: {reply.message}"
         return [reply.value for reply in replies]
 
-    def connect(self, world: int, kind: str) -> None:
+    def connect(self, world: int, kind: str, stripes: int = 1) -> None:
         """Give the first `world` processes a transport of a new epoch."""
         self.epoch += 1
         for rank in range(world):
-            self.start(rank, "connect", kind=kind, rank=rank, addresses=self.addresses[:world], epoch=self.epoch)
+            given = {"kind": kind, "addresses": self.addresses[:world], "epoch": self.epoch, "stripes": stripes}
+            self.start(rank, "connect", rank=rank, **given)
         for rank in range(world):
             reply = self.reply(rank)
             assert not reply.error, reply.message
@@ -140,18 +141,18 @@ class _Hand:
         reply.seconds = time.perf_counter() - begun
         self.connection.send(vars(reply))  # plain: this module has another name in the tests
 
-    def do_connect(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int) -> None:
-        self.do_make(kind, rank, addresses, epoch)
+    def do_connect(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, stripes: int = 1) -> None:
+        self.do_make(kind, rank, addresses, epoch, stripes)
         self.do_link()
 
-    def do_make(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int) -> None:
+    def do_make(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, stripes: int = 1) -> None:
         """The first half of `connect`: an abort that comes after it strikes the new transport, not the old one."""
         if self.transport is not None:
             self.transport.close()
         from collectives.transports.site import Site
 
         made = getattr(importlib.import_module(f"collectives.transports.{kind}"), KINDS[kind])
-        self.transport = made(Site(self.listener, rank, addresses, KEY, epoch, b"nonce"))
+        self.transport = made(Site(self.listener, rank, addresses, KEY, epoch, b"nonce", stripes=stripes))
 
     def do_emulate(self, kind: str, rank: int, addresses: list[tuple[str, int]], epoch: int, network: str) -> None:
         """`connect`, held to the topology of which `network` is the JSON."""
