@@ -32,6 +32,8 @@ MOST_BYTES = 2**30
 _TAGS = 2**31
 """Added to a channel's number: where the tags of its streams are told."""
 _HELLO = CHANNELS + 1
+_GLANCE = 2e-3
+"""Seconds between two looks at MPI while a thread waits for a note."""
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -130,7 +132,7 @@ class MpiTransport(Transport):
 
     def learn_tag(self, inbound: Inbound) -> None:
         """Wait for the tag of a stream, and post all receives that wait for it. Called by the channel's thread."""
-        tag = int.from_bytes(self._links.recv(inbound.peer, inbound.channel + _TAGS))
+        tag = int.from_bytes(self.recv_note(inbound.peer, inbound.channel + _TAGS))
         with self._lock:
             self.refuse()
             inbound.stream = Stream(inbound.place, tag)
@@ -143,8 +145,20 @@ class MpiTransport(Transport):
         self._links.send(peer, note, channel)
 
     def recv_note(self, peer: int, channel: int, timeout: float | None = None) -> bytes:
-        """Receive a note; see `Transport.recv_note`."""
-        return self._links.recv(peer, channel, timeout)
+        """Receive a note; see `Transport.recv_note`.
+
+        MPI moves what is under way only while somebody calls it, and the peer may wait for just that: so call it.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._inflight:
+            left = _GLANCE if deadline is None else min(_GLANCE, deadline - time.monotonic())
+            try:
+                return self._links.recv(peer, channel, max(0.0, left))
+            except OperationTimeout:
+                if left < _GLANCE:
+                    raise
+                self._progress()
+        return self._links.recv(peer, channel, None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def post_note(self, peer: int, note: memoryview, channel: int) -> Pending:
         """Post a note; see `Transport.post_note`."""
@@ -152,10 +166,6 @@ class MpiTransport(Transport):
         if isinstance(pending, Posted):  # while this thread polls MPI, nobody else might move it
             self._links.flush_behind(peer)
         return pending
-
-    def recv_note_into(self, peer: int, into: memoryview, channel: int) -> None:
-        """Receive a note into memory; see `Transport.recv_note_into`."""
-        self._links.recv_into(peer, channel, into)
 
     def abort(self) -> None:
         """Give the epoch up; see `Transport.abort`. What MPI still holds goes to the leftovers of the process."""
@@ -199,6 +209,12 @@ class MpiTransport(Transport):
         if self._aborted:
             return TransportLost("the transport of this epoch was aborted")
         return TransportLost(f"{self.world.library} lost rank {peer}: {error}", peer)
+
+    def _progress(self) -> None:
+        with self._lock:
+            inflight = list(self._inflight)
+        for message in inflight:
+            message.nudge()
 
     def _post(self, message: Message, post: Callable[..., Any], stream: Stream) -> None:
         """Hand a message to MPI, in pieces where it is long. Called under the lock."""

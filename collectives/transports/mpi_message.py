@@ -7,6 +7,7 @@ to that, since `abandon` comes from another thread than the one that waits.
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -113,6 +114,17 @@ class Message(Pending):
         except self._transport.world.failure:
             self.data = None  # the other end died
             return True
+
+    def nudge(self) -> None:
+        """Let MPI work on it, if nobody else does so now; how it ended is for `wait` to find."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._requests:
+                with suppress(self._transport.world.failure), self._transport.world.guard:
+                    self._requests[-1].Get_status()
+        finally:
+            self._lock.release()
 
     def _test(self) -> bool:
         with self._lock:

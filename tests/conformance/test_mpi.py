@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any
 
 import pytest
@@ -10,16 +9,16 @@ import pytest
 from tests.conformance import mpi_jobs, operations, silences
 from tests.conformance.losses import mortal
 from tests.conformance.test_r6_losses import judge
+from tests.conformance.transports import WORLDS
 from tests.harness.cluster import Process
 from tests.harness.mpi import MPICH, OPEN_MPI
 from tests.harness.residents import Residents
 
 LIBRARIES = {"openmpi": OPEN_MPI, "mpich": MPICH}
 CROWD = 8
-WORLDS = (1, 2, 3, 4, 5, CROWD)
 LIGHT = (operations.reduce_everything, operations.scatter_reductions, operations.gather_rows, operations.run_schedules)
 """What eight ranks do, which are a crowd on a few cores; the rest makes each compute much of what all of them give."""
-JOBS = list(product(LIBRARIES, WORLDS))
+JOBS = [(library, world) for library in LIBRARIES for world in WORLDS[library]]
 CASES = [(job, function) for job in JOBS for function in (LIGHT if job[1] == CROWD else operations.RESULTS)]
 
 

@@ -7,11 +7,10 @@ import pytest
 
 from collectives.communicator import Communicator
 from tests.conformance import operations
+from tests.conformance.transports import TRANSPORTS, WORLDS
 from tests.harness.residents import Residents
 
-WORLDS = {"gloo": (1, 2, 3, 4, 5), "sockets": (2, 3, 5), "shm": (2, 3, 4)}
-"""Transports and how many members they are tested with."""
-CASES = [("", 0), *((transport, world) for transport, worlds in WORLDS.items() for world in worlds)]
+CASES = [("", 0), *((transport, world) for transport in TRANSPORTS for world in WORLDS[transport])]
 
 Run = Callable[..., list[Any]]
 
@@ -45,7 +44,7 @@ def test_nobody_leaves_a_barrier_before_all_have_entered(run: Run) -> None:
         assert max(entered for entered, _ in times) <= min(left for _, left in times)
 
 
-@pytest.mark.parametrize("transport", WORLDS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_check_inputs_names_who_changed_an_input_under_way(transport: str) -> None:
     with Residents(2, transport=transport, check_inputs=True) as group:
         first, second = group.run(operations.meddle)

@@ -6,7 +6,6 @@ turn:
     RINGHOLD_LONG=1 pytest tests/conformance/test_r6_losses.py
 """
 
-import os
 import signal
 from itertools import product
 from typing import Any
@@ -16,10 +15,9 @@ import pytest
 from collectives.faults import POINTS
 from tests.conformance.kinds import KINDS
 from tests.conformance.losses import cascade, half_way, many_lanes, mortal, only_finisher
-from tests.conformance.transports import LENDING, TRANSPORTS
+from tests.conformance.transports import LENDING, LONG, TRANSPORTS
 from tests.harness.cluster import Cluster, Process
 
-LONG = os.environ.get("RINGHOLD_LONG") == "1"
 WORLD = 4
 SIZES = ("small", "bulk")
 

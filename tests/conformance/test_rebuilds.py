@@ -5,15 +5,14 @@ The short form makes 30 epochs. The long one makes 200, in about a minute:
     RINGHOLD_LONG=1 pytest tests/conformance/test_rebuilds.py
 """
 
-import os
 import signal
 
 import pytest
 
 from tests.conformance.churn import holdings, newcomer, veteran
+from tests.conformance.transports import LONG, TRANSPORTS
 from tests.harness.cluster import Cluster
 
-LONG = os.environ.get("RINGHOLD_LONG") == "1"
 ROUNDS = 100 if LONG else 15
 """Each of two epochs: one that admits a peer, one that has lost it."""
 SPAN = 5
@@ -23,7 +22,7 @@ MOST_KIB = 20 * 1024
 
 
 @pytest.mark.timeout(600 if LONG else 120)
-@pytest.mark.parametrize("transport", ["gloo", "sockets"] if LONG else ["gloo"])
+@pytest.mark.parametrize("transport", TRANSPORTS if LONG else ["gloo"])
 def test_rebuilding_again_and_again_leaks_nothing(transport: str) -> None:
     with Cluster(founders=3, transport=transport) as cluster:
         veterans = cluster.peers(veteran, 3, rounds=ROUNDS)
