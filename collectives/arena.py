@@ -11,6 +11,7 @@ import weakref
 from bisect import bisect_left, insort
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,11 +40,15 @@ class Arena:
             MemoryError: all of the arena is in use.
 
         """
-        size = max(1, -(-count * dtype.itemsize // _PAGE)) * _PAGE
+        return torch.from_numpy(self.allocate(count * dtype.itemsize)).view(dtype)
+
+    def allocate(self, count: int) -> npt.NDArray[np.uint8]:
+        """Return so many bytes, page-aligned; they go back when nothing refers to them any more. Errors as `empty`."""
+        size = max(1, -(-count // _PAGE)) * _PAGE
         start = self._take(size)
         data = np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=start)
         weakref.finalize(data, self._give_back, start, start + size).atexit = False
-        return torch.from_numpy(data)[: count * dtype.itemsize].view(dtype)
+        return data[:count]
 
     def offset(self, data: Tensor) -> int | None:
         """Where in the arena a contiguous tensor lies; None if it lies elsewhere."""

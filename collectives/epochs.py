@@ -37,7 +37,9 @@ MOST_STRIPES = 64
 
 
 class Epochs:
-    """The transports of one member, one epoch after the other; `kind` is what they are, or wrap.
+    """The transports of one member, one epoch after the other.
+
+    `kind` is what they are, or wrap; `arena` is registered memory, where the transport has use for it.
 
     Args:
         kind: name of the transport.
@@ -62,7 +64,7 @@ class Epochs:
     ) -> None:
         self.kind, self._stripes, emulated = parse_transport(kind)
         TRANSPORTS[self.kind].prepare()
-        self._arena = process_arena() if self.lends else None  # here to stay, whatever becomes of transports
+        self.arena = process_arena() if self.lends else None  # here to stay, whatever becomes of transports
         self._network = network(options.topology) if emulated else None
         self._key = link_key(token, run)
         self._options = options
@@ -129,7 +131,7 @@ class Epochs:
             self._wake.notify_all()
         self._thread.join(5.0)
         self._retire_current()
-        self._arena = None
+        self.arena = None
         for thread in self._old:
             thread.join(5.0)
         self._listener.close()

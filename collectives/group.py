@@ -27,7 +27,7 @@ from collectives.membership.session import Session
 from collectives.operations import Operation, Plan, View
 from collectives.outcome import Outcome
 from collectives.schedule import Schedule
-from collectives.staging import StagingPool
+from collectives.staging import StagingPool, anonymous
 from collectives.state import state_hash
 from collectives.trace import Trace, profiled
 from collectives.transports.alone import NoTransport
@@ -110,7 +110,8 @@ class Group(Runner):
         self._epochs = epochs
         self._check_inputs = check_inputs
         self._on_recovered = on_recovered
-        self._pool = StagingPool()
+        arena = epochs.arena
+        self._pool = StagingPool(anonymous if arena is None else arena.allocate)
         self._engine = Engine(self._pool)
         self._recovered = 0
         self._channels: dict[int, str] = {}

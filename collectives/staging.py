@@ -9,8 +9,11 @@ is out of reach for exactly as long as the transport keeps it.
 import mmap
 import sys
 import threading
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,32 +23,39 @@ PATIENCE = 256
 """A buffer that was not taken while others were, so many times, goes back to the system."""
 _HUGE = 2 * 1024 * 1024
 
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+def anonymous(capacity: int) -> Bytes:
+    """Fresh memory of this process alone, aligned to huge pages where it is large enough for them."""
+    if capacity < _HUGE:
+        return np.frombuffer(mmap.mmap(-1, capacity), dtype=np.uint8)
+    memory = mmap.mmap(-1, capacity + _HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, dtype=np.uint8)
+    start = -int(whole.ctypes.data) % _HUGE
+    return np.frombuffer(memory, dtype=np.uint8, count=capacity, offset=start)
+
 
 class _Block:
-    """Anonymous memory, aligned to huge pages where it is large enough for them."""
+    """A piece of memory, and whether somebody uses it."""
 
-    def __init__(self, capacity: int) -> None:
-        huge = capacity >= _HUGE
-        self.capacity = capacity
-        self.memory = mmap.mmap(-1, capacity + _HUGE if huge else capacity)
-        self.offset = 0
+    def __init__(self, memory: Bytes) -> None:
+        self.memory = memory
+        self.capacity = len(memory)
         self.last_use = 0
-        if huge:
-            start = torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr()
-            self.offset = -start % _HUGE
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def tensor(self, count: int, dtype: torch.dtype) -> Tensor:
         """A tensor whose storage keeps a reference to the memory until the last view of it is gone."""
-        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=self.offset)
+        return torch.from_numpy(self.memory[: count * dtype.itemsize]).view(dtype)
 
     def references(self) -> int:
         """How often the memory is referred to; compare with a block whose memory nobody uses."""
         return sys.getrefcount(self.memory)
 
 
-_FREE = _Block(mmap.PAGESIZE).references()
+_FREE = _Block(np.zeros(1, dtype=np.uint8)).references()
 
 
 class StagingPool:
@@ -54,9 +64,14 @@ class StagingPool:
     When it hands out a buffer, it drops free ones, the longest unused first, until all that is free makes up no more
     than twice the largest; and those that were not used for the last PATIENCE times. A tensor of the pool is ordinary
     but for one thing: its storage cannot be resized.
+
+    Args:
+        allocate: makes so many bytes of uninitialized memory, which is given back when nothing refers to it.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], Bytes] = anonymous) -> None:
+        self._allocate = allocate
         self._lock = threading.Lock()
         self._blocks: list[_Block] = []
         self._clock = 0
@@ -73,7 +88,7 @@ class StagingPool:
             if fits:
                 block = min(fits, key=lambda b: (b.capacity, -b.last_use)) if len(fits) > 1 else fits[0]
             else:
-                block = _Block(capacity)
+                block = _Block(self._allocate(capacity))
                 self._blocks.append(block)
             block.last_use = self._clock
             tensor = block.tensor(count, dtype)
