@@ -46,9 +46,9 @@ class Arena:
         """Return so many bytes, page-aligned; they go back when nothing refers to them any more. Errors as `empty`."""
         size = max(1, -(-count // _PAGE)) * _PAGE
         start = self._take(size)
-        data = np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=start)
+        data = np.frombuffer(self._memory, dtype=np.uint8, count=count, offset=start)
         weakref.finalize(data, self._give_back, start, start + size).atexit = False
-        return data[:count]
+        return data  # no view of it: what is a view of a view refers to this one
 
     def offset(self, data: Tensor) -> int | None:
         """Where in the arena a contiguous tensor lies; None if it lies elsewhere."""

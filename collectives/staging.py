@@ -66,7 +66,8 @@ class StagingPool:
     but for one thing: its storage cannot be resized.
 
     Args:
-        allocate: makes so many bytes of uninitialized memory, which is given back when nothing refers to it.
+        allocate: makes so many bytes of uninitialized memory, which goes back when nothing refers to it. No view of
+            another array: numpy lets views of a view refer to that one, and they would not be counted.
 
     """
 

@@ -9,14 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from collectives.arena import Arena
 from collectives.staging import PATIENCE, SMALL, StagingPool, copy_out
 
 MANY = 300_000
 """Elements of a buffer that comes from the pool's own memory."""
 
 
-def test_memory_is_used_again_once_nobody_refers_to_it() -> None:
-    pool = StagingPool()
+@pytest.fixture(params=["anonymous", "registered"])
+def pool(request: pytest.FixtureRequest) -> StagingPool:
+    return StagingPool() if request.param == "anonymous" else StagingPool(Arena().allocate)
+
+
+def test_memory_is_used_again_once_nobody_refers_to_it(pool: StagingPool) -> None:
     first = pool.take(MANY, torch.float32)
     address = first.data_ptr()
     second = pool.take(MANY, torch.float32)
@@ -38,8 +43,7 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("hold", list(HOLDERS))
-def test_whatever_refers_to_the_memory_keeps_it(hold: str) -> None:
-    pool = StagingPool()
+def test_whatever_refers_to_the_memory_keeps_it(pool: StagingPool, hold: str) -> None:
     taken = pool.take(MANY, torch.float32).fill_(1)
     address = taken.data_ptr()
     holder = HOLDERS[hold](taken)
@@ -63,15 +67,13 @@ def test_buffers_are_flat_aligned_and_of_the_size_asked_for(count: int, dtype: t
     assert bool(taken.eq(1).all())
 
 
-def test_a_buffer_of_another_dtype_or_a_little_smaller_takes_the_same_memory() -> None:
-    pool = StagingPool()
+def test_a_buffer_of_another_dtype_or_a_little_smaller_takes_the_same_memory(pool: StagingPool) -> None:
     address = pool.take(MANY, torch.float32).data_ptr()
     assert pool.take(2 * MANY, torch.bfloat16).data_ptr() == address
     assert pool.take(MANY - 1000, torch.float32).data_ptr() == address
 
 
-def test_what_is_kept_at_rest_is_bounded_by_the_largest_buffer() -> None:
-    pool = StagingPool()
+def test_what_is_kept_at_rest_is_bounded_by_the_largest_buffer(pool: StagingPool) -> None:
     for count in (MANY, 2 * MANY, 3 * MANY, 4 * MANY):
         several = [pool.take(count, torch.float32) for _ in range(4)]
         del several
@@ -82,8 +84,7 @@ def test_what_is_kept_at_rest_is_bounded_by_the_largest_buffer() -> None:
     assert pool.idle_bytes() <= 2 * 1.125 * (MANY * 4), "what nobody asks for any more is given back"
 
 
-def test_threads_never_share_a_buffer() -> None:
-    pool = StagingPool()
+def test_threads_never_share_a_buffer(pool: StagingPool) -> None:
     clashes: list[int] = []
 
     def work(mark: int) -> None:

