@@ -10,7 +10,6 @@ untouched. The outcome names the members whose data are in it.
 
 import atexit
 import math
-import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -25,27 +24,24 @@ from collectives.arrangement import PROBE_BYTES, Arrangement, Measurement, arran
 from collectives.calls import Collectives
 from collectives.epochs import Epochs
 from collectives.errors import (
-    CoordinatorUnreachable,
     CorruptChunk,
     LaneMisuse,
     MemberLost,
-    OperationTimeout,
     RingholdError,
     UsageError,
 )
 from collectives.group import Alone, Group, Runner
-from collectives.lanes import LONGEST_NAME, Lane, Lanes, check_name
-from collectives.membership.claims import digest_of
+from collectives.lanes import Lane, Lanes, check_name
 from collectives.membership.member import MAIN
 from collectives.membership.protocol import Decision
 from collectives.membership.session import Event, Session
-from collectives.membership.wire import load_token
+from collectives.membership.wire import load_token, parse_address
 from collectives.operations import Call, View
 from collectives.options import Options
 from collectives.outcome import Outcome, Work
 from collectives.point_to_point import PointToPoint
 from collectives.step import Step
-from collectives.subgroup import SubGroup, check_members
+from collectives.subgroup import SubGroup, check_members, name_of
 from collectives.sync import SyncReport, sync
 from collectives.trace import Trace
 
@@ -133,7 +129,7 @@ class Communicator(Collectives, PointToPoint):
             comm.on_event(on_event)
         session.start()
         try:
-            comm._await_first_epoch(chosen.join_timeout)
+            session.await_first_epoch(chosen.join_timeout, lambda epoch: epochs.transport(epoch) is not None)
             if chosen.trace:
                 group.trace = Trace(chosen.trace, run, session.core.member)
                 comm.on_event(group.trace.event)
@@ -241,7 +237,7 @@ class Communicator(Collectives, PointToPoint):
         chosen = check_members(members, self.member_id, self._here())
         if name:
             check_name("sub-group", name)
-        name = name or _name_of(chosen)
+        name = name or name_of(chosen)
         if self._groups.setdefault(name, chosen) != chosen:
             raise UsageError(f"sub-group {name!r} is {list(self._groups[name])}, not {list(chosen)}; take another name")
         return SubGroup(name, chosen, self._lanes)
@@ -390,32 +386,6 @@ class Communicator(Collectives, PointToPoint):
         now = () if self._session is None else self._session.core.members
         return tuple(dict.fromkeys(self.members + now))
 
-    def _await_first_epoch(self, timeout: float) -> None:
-        assert self._session is not None
-        assert self._epochs is not None
-        session, epochs = self._session, self._epochs
-        deadline = time.monotonic() + timeout
-        with session.changed:
-            while True:
-                core = session.core
-                if core.error is not None:
-                    raise core.error
-                if core.epoch and epochs.transport(core.epoch) is not None:
-                    return
-                left = deadline - time.monotonic()
-                if left <= 0 and not core.member:
-                    raise CoordinatorUnreachable(
-                        f"no coordinator at {session.where} within {timeout:g} s; is it running?"
-                    )
-                if left <= 0 and not core.epoch:
-                    raise CoordinatorUnreachable(
-                        f"no epoch took this peer in within {timeout:g} s: the members call admit() at safe points, "
-                        "and the first epoch waits for all founders"
-                    )
-                if left <= 0:
-                    raise OperationTimeout(f"the links of epoch {core.epoch} were not ready within {timeout:g} s")
-                session.changed.wait(left)
-
     def _decided(self, decision: Decision) -> None:
         assert self._session is not None
         assert self._epochs is not None
@@ -452,18 +422,3 @@ def _close_open() -> None:
     """Close what is still open at the end of a process: a thread that is inside gloo then would end it by SIGABRT."""
     for comm in list(_open):
         comm.close()
-
-
-def _name_of(members: tuple[int, ...]) -> str:
-    """Name of a sub-group that was given none."""
-    text = ",".join(map(str, members))
-    return text if len(text) <= LONGEST_NAME else f"{len(members)} members {digest_of(members):016x}"
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Parse HOST:PORT, or RINGHOLD_COORDINATOR where `text` is empty. Raises `UsageError`."""
-    text = text or os.environ.get("RINGHOLD_COORDINATOR", "")
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"{text!r} is no coordinator address; give HOST:PORT or set RINGHOLD_COORDINATOR")
-    return host.strip("[]"), int(port)

@@ -10,8 +10,8 @@ from typing import Self
 
 from collectives.calls import Collectives
 from collectives.errors import UsageError
-from collectives.lanes import Lane, Lanes, check_name
-from collectives.membership.claims import lane_of
+from collectives.lanes import LONGEST_NAME, Lane, Lanes, check_name
+from collectives.membership.claims import digest_of, lane_of
 from collectives.membership.member import MAIN
 from collectives.operations import Call, View
 from collectives.outcome import Outcome, Work
@@ -98,3 +98,9 @@ def check_members(members: Sequence[int], me: int, here: Sequence[int]) -> tuple
     if me not in chosen:
         raise UsageError(f"sub-group {list(chosen)}: this member, {me}, is not in it; only its members ask for it")
     return chosen
+
+
+def name_of(members: tuple[int, ...]) -> str:
+    """Name of a sub-group that was given none."""
+    text = ",".join(map(str, members))
+    return text if len(text) <= LONGEST_NAME else f"{len(members)} members {digest_of(members):016x}"

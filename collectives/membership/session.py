@@ -15,7 +15,14 @@ from typing import Any
 
 import msgspec
 
-from collectives.errors import CoordinatorUnreachable, Evicted, JoinRefused, ProtocolError, RingholdError
+from collectives.errors import (
+    CoordinatorUnreachable,
+    Evicted,
+    JoinRefused,
+    OperationTimeout,
+    ProtocolError,
+    RingholdError,
+)
 from collectives.membership.member import Member
 from collectives.membership.protocol import (
     NONCE_BYTES,
@@ -110,6 +117,32 @@ class Session:
                 log.debug("the session's loop ended by itself")
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+
+    def await_first_epoch(self, timeout: float, built: Callable[[int], bool]) -> None:
+        """Return as a member of an epoch whose transport is `built`.
+
+        Raises:
+            CoordinatorUnreachable: there is none, or no epoch took us in, within `timeout` seconds.
+            OperationTimeout: the transport of the epoch did not come about within that time.
+            RingholdError: what ends the membership.
+
+        """
+        core, deadline = self.core, time.monotonic() + timeout
+        with self.changed:
+            while not (core.error is None and core.epoch and built(core.epoch)):
+                if core.error is not None:
+                    raise core.error
+                left = deadline - time.monotonic()
+                if left <= 0 and not core.member:
+                    raise CoordinatorUnreachable(f"no coordinator at {self.where} within {timeout:g} s; is it running?")
+                if left <= 0 and not core.epoch:
+                    raise CoordinatorUnreachable(
+                        f"no epoch took this peer in within {timeout:g} s: the members call admit() at safe points, "
+                        "and the first epoch waits for all founders"
+                    )
+                if left <= 0:
+                    raise OperationTimeout(f"the links of epoch {core.epoch} were not ready within {timeout:g} s")
+                self.changed.wait(left)
 
     def await_admission(self) -> None:
         """Stand at a safe point until the coordinator let in who waits (rule R13). Raises what ends the membership."""

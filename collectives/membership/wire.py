@@ -37,6 +37,15 @@ _MAC_BYTES = 16
 M = TypeVar("M", bound=FromCoordinator)
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Parse HOST:PORT, or RINGHOLD_COORDINATOR where `text` is empty. Raises `UsageError`."""
+    text = text or os.environ.get("RINGHOLD_COORDINATOR", "")
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"{text!r} is no coordinator address; give HOST:PORT or set RINGHOLD_COORDINATOR")
+    return host.strip("[]"), int(port)
+
+
 def load_token(token: str | None = None) -> bytes:
     """Return the run's shared token: the argument, else RINGHOLD_TOKEN, else the file that RINGHOLD_TOKEN_FILE names.
 

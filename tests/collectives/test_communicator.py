@@ -9,8 +9,8 @@ import torch
 
 from collectives import Communicator
 from collectives.algorithms import ring
-from collectives.communicator import parse_address
 from collectives.errors import OptionError, UnsupportedTensor, UsageError
+from collectives.membership.wire import parse_address
 from collectives.operations import View
 from tests.conformance.losses import goes_on
 from tests.harness.residents import Residents
