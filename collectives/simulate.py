@@ -22,6 +22,7 @@ from math import inf
 
 import numpy as np
 
+from collectives.busbw import bus_factor
 from collectives.engine import NOTE_BYTES, PACK_BYTES
 from collectives.errors import UsageError
 from collectives.queues import Paths, Queues, Trains, distinct, raise_to
@@ -34,12 +35,6 @@ SEGMENT_BYTES = NOTE_BYTES
 """As the engine cuts what it sends over sockets."""
 EXACT = 20_000
 """Messages that are followed one by one; it takes about a tenth of a millisecond each."""
-
-
-def bus_factor(kind: str, world: int) -> float:
-    """busbw / algbw of a kind as nccl-tests define it (doc/PERFORMANCE.md); 1 for kinds that they do not know."""
-    share = (world - 1) / world
-    return {"all_reduce": 2 * share, "reduce_scatter": share, "all_gather": share, "all_to_all": share}.get(kind, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ is size over time, and busbw is algbw times a factor that makes the number compa
 the number of ranks. Nothing here imports torch: the command line reads it for its help.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 DTYPES: dict[str, tuple[str, int]] = {
@@ -27,7 +26,6 @@ class Kind:
     """What the columns of one kind mean.
 
     Attributes:
-        factor: busbw / algbw for a number of ranks.
         parts: the buffer of `size` bytes has a part for each rank, and `count` is a part's elements.
         reduces: takes a reduce op.
         rooted: takes a root.
@@ -36,7 +34,6 @@ class Kind:
     """
 
     name: str
-    factor: Callable[[int], float]
     parts: bool = False
     reduces: bool = False
     rooted: bool = False
@@ -44,27 +41,18 @@ class Kind:
     in_place: bool = True
 
 
-def _share(ranks: int) -> float:
-    """What of its buffer a rank has to send or receive: all but its own part."""
-    return (ranks - 1) / ranks
-
-
-def _whole(_ranks: int) -> float:
-    return 1.0
-
-
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("all_reduce", lambda ranks: 2 * _share(ranks), reduces=True),
-        Kind("reduce_scatter", _share, parts=True, reduces=True, in_place=False),
-        Kind("all_gather", _share, parts=True),
-        Kind("all_to_all", _share, parts=True, in_place=False),
-        Kind("reduce", _whole, reduces=True, rooted=True),
-        Kind("gather", _share, parts=True, rooted=True, in_place=False),
-        Kind("scatter", _share, parts=True, rooted=True, in_place=False),
-        Kind("broadcast", _whole, rooted=True, out_of_place=False),
-        Kind("barrier", _whole, out_of_place=False),
+        Kind("all_reduce", reduces=True),
+        Kind("reduce_scatter", parts=True, reduces=True, in_place=False),
+        Kind("all_gather", parts=True),
+        Kind("all_to_all", parts=True, in_place=False),
+        Kind("reduce", reduces=True, rooted=True),
+        Kind("gather", parts=True, rooted=True, in_place=False),
+        Kind("scatter", parts=True, rooted=True, in_place=False),
+        Kind("broadcast", rooted=True, out_of_place=False),
+        Kind("barrier", out_of_place=False),
     )
 }
 

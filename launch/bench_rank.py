@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
+from collectives.busbw import bus_factor
 from collectives.communicator import Communicator
 from collectives.gather_bytes import gather_bytes
 from collectives.options import Options
@@ -147,7 +148,7 @@ class Rank:
             "inplace": inplace,
             "time_us": seconds * 1e6,
             "algbw": algbw,
-            "busbw": algbw * request.what.factor(self._place.ranks),
+            "busbw": algbw * bus_factor(request.what.name, self._place.ranks),
             "wrong": wrong[OURS],
             "rounds": request.rounds,
             "batch": batches[OURS],

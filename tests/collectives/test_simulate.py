@@ -9,11 +9,12 @@ import pytest
 
 from collectives import choice, topology
 from collectives.algorithms import dissemination
+from collectives.busbw import bus_factor
 from collectives.crossing import Intervals, forget, reserve
 from collectives.errors import UsageError
 from collectives.readiness import MOST
 from collectives.schedule import Schedule, Step
-from collectives.simulate import Timing, bus_factor, simulate
+from collectives.simulate import Timing, simulate
 from collectives.topology import Link, Topology
 
 ALPHA, BETA = 1e-3, 1e6
