@@ -148,8 +148,8 @@ def test_a_thousand_ranks_step_by_step() -> None:
 
 
 def test_bus_factors_are_those_of_nccl_tests() -> None:
-    factors = {kind: bus_factor(kind, 4) for kind in ("all_reduce", "all_gather", "broadcast")}
-    assert factors == {"all_reduce": 1.5, "all_gather": 0.75, "broadcast": 1.0}
+    factors = {kind: bus_factor(kind, 4) for kind in ("all_reduce", "all_gather", "gather", "broadcast")}
+    assert factors == {"all_reduce": 1.5, "all_gather": 0.75, "gather": 0.75, "broadcast": 1.0}
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:

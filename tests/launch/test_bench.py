@@ -13,6 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from collectives import choice
+from collectives.busbw import bus_factor
 from collectives.cost import Profile
 from collectives.errors import UsageError
 from collectives.topology import Link
@@ -44,10 +45,9 @@ def finish(popen: subprocess.Popen[str], timeout: float = 60.0) -> tuple[int, st
 
 def check_row(row: dict[str, Any], rivals: set[str]) -> None:
     """The columns follow from each other as in nccl-tests."""
-    kind = KINDS[row["collective"]]
     assert row["time_us"] > 0
     assert row["algbw"] == pytest.approx(row["size"] / row["time_us"] / 1e3)
-    assert row["busbw"] == pytest.approx(row["algbw"] * kind.factor(row["peers"]))
+    assert row["busbw"] == pytest.approx(row["algbw"] * bus_factor(row["collective"], row["peers"]))
     assert row["wrong"] == 0
     assert set(row["vs"]) == rivals
     for rival in row["vs"].values():
