@@ -164,10 +164,10 @@ class Session:
 
     def fail(self, error: RingholdError) -> None:
         """Be no member any more, at once; every operation of this member ends with the error."""
+        self._on_fence()  # first: a caller that gets the error may change memory that peers are reading (rule R10)
         with self.changed:
             self.core.fail(error)
             self.changed.notify_all()
-        self._on_fence()
 
     # --- the thread ---
 
@@ -346,13 +346,14 @@ class Session:
         )
 
     def _evicted(self, message: Evict) -> bool:
-        with self.changed:
-            if self.core.epoch == 0 and message.kind == "evicted":
-                # The epoch that we were to be in died with a coordinator: ask for a place again.
+        if self.core.epoch == 0 and message.kind == "evicted":
+            # The epoch that we were to be in died with a coordinator: ask for a place again.
+            with self.changed:
                 self.core = Member()
-                return True
+            return True
+        self._on_fence()  # first, as in `fail`
+        with self.changed:
             self.core.on_evict(message)
             self.changed.notify_all()
-        self._on_fence()
         self._on_event({"event": message.kind, "time": time.time(), "reason": message.reason})
         return True
