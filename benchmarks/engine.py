@@ -76,7 +76,7 @@ class Torchs:
     """All-reduce by an ordinary process group."""
 
     def __init__(self, path: str, rank: int, world: int) -> None:
-        store = dist.FileStore(path, world)  # type: ignore[attr-defined]
+        store = dist.FileStore(path)  # type: ignore[attr-defined]
         self.group: Any = dist.ProcessGroupGloo(store, rank, world, timedelta(seconds=60))
 
     def run(self, tensor: Tensor, output: Tensor | None) -> Sample:

@@ -66,7 +66,7 @@ class Member:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=desk.options.listen)]
         options._timeout = timedelta(seconds=_PATIENCE)
-        store = dist.FileStore(str(folder / "store"), self._world)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(folder / "store"))  # type: ignore[attr-defined]
         self._torch: Any = dist.ProcessGroupGloo(store, self._rank, self._world, options)
 
     def take_turns(self, contest: Contest) -> None:

@@ -163,8 +163,7 @@ class Communicator(Collectives, PointToPoint):
             self._session.fail(UsageError("this communicator was closed; join again"))
             self._epochs.close()
         self._lanes.close()
-        if self._runner.trace is not None:
-            self._runner.trace.close()
+        self._runner.close()
 
     def __enter__(self) -> Self:
         return self

@@ -56,6 +56,11 @@ class Runner(ABC):
     def execute(self, operation: Operation) -> Outcome:
         """Run one operation to its end, by result or by error."""
 
+    def close(self) -> None:
+        """Free what it keeps. No operation is under way, and none comes."""
+        if self.trace is not None:
+            self.trace.close()
+
 
 class Alone(Runner):
     """One member, no network."""
@@ -116,6 +121,11 @@ class Group(Runner):
         self._recovered = 0
         self._channels: dict[int, str] = {}
         self._views: dict[tuple[int, tuple[int, ...]], tuple[Arrangement | None, View]] = {}
+
+    def close(self) -> None:
+        """See Runner. The last error may keep this object alive for long; the memory need not wait for that."""
+        Runner.close(self)
+        self._pool.close()
 
     def view(self, lane: str, group: tuple[int, ...] = ()) -> View:
         """Return the ranks of the attempt that completed the lane's last operation."""

@@ -97,6 +97,12 @@ class StagingPool:
                 self._trim(block)
             return tensor
 
+    def close(self) -> None:
+        """Let go of everything; what is in use stays valid for whoever has it."""
+        with self._lock:
+            self._blocks.clear()
+            self._allocate = anonymous
+
     def idle_bytes(self) -> int:
         """Bytes that the pool keeps and nobody uses."""
         with self._lock:

@@ -118,10 +118,11 @@ class Rank:
         return Communicator.join(place.coordinators[run], run, place.token, transport, Options.resolve(options))
 
     def _folder(self) -> Path:
-        """Return one folder for all ranks, made by one of them."""
+        """Return one folder for all ranks, made by one of them, which removes it when all have done with it."""
         mine = ""
         if self._place.rank == 0:
             mine = self._held.enter_context(tempfile.TemporaryDirectory(prefix="ringhold-bench-"))
+        self._held.callback(self._control.barrier)
         return Path(b"".join(gather_bytes(self._control, mine.encode()).rows).decode())
 
     def _row(self, size: int, inplace: bool) -> dict[str, Any]:

@@ -95,9 +95,8 @@ class TorchGloo:
 
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:
         self.rank = rank
-        store = dist.FileStore(  # type: ignore[attr-defined]
-            str(folder / "gloo"), ranks
-        )
+        # Without the number of ranks: else the last of them removes the file as another opens it, which waits for it.
+        store = dist.FileStore(str(folder / "gloo"))  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
     def run(self, cases: Sequence[Case], inplace: bool) -> list[Tensor | None]:

@@ -127,11 +127,14 @@ class Session:
             RingholdError: what ends the membership.
 
         """
-        core, deadline = self.core, time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         with self.changed:
-            while not (core.error is None and core.epoch and built(core.epoch)):
+            while True:
+                core = self.core  # another one if the epoch that we were to be in died with its coordinator
                 if core.error is not None:
                     raise core.error
+                if core.epoch and built(core.epoch):
+                    return
                 left = deadline - time.monotonic()
                 if left <= 0 and not core.member:
                     raise CoordinatorUnreachable(f"no coordinator at {self.where} within {timeout:g} s; is it running?")
