@@ -90,9 +90,10 @@ class Alone(Runner):
 
 @dataclass(slots=True)
 class _Attempt:
-    """The last attempt of an operation: for whom, its staging, and where in it (or in the input) the result is."""
+    """The last attempt of an operation: for whom, how, its staging, and where in it (or in the input) the result is."""
 
     view: View
+    plan: Plan
     staging: Tensor
     pieces: tuple[Tensor, ...]
 
@@ -175,21 +176,21 @@ class Group(Runner):
         while True:
             verdict = self._verdict(operation.lane, seq)
             if isinstance(verdict, RingholdError):
+                last = None  # the error, which may live for long, would keep it
                 raise verdict
             if isinstance(verdict, Completed):
                 assert last is not None
                 assert last.view.epoch == verdict.epoch
                 break
             view, transport = verdict
+            last = None  # free the staging of the attempt before
             self._refuse_if_lost(operation, seq, view, transport)
             if self.trace is not None:
                 transport = self.trace.attempt(operation.lane, seq, view, transport)
             attempts += 1
             try:
-                last = None  # free the staging of the attempt before
-                plan = operation.plan(view)
-                last = self._prepare(plan, view, transport)
-                self._attempt(operation, seq, plan, last, transport, probe)
+                last = self._prepare(operation, view, transport)
+                self._attempt(operation, seq, last, transport, probe)
             except TransportLost as error:
                 self._interrupted(operation.lane, view.epoch, error.peer)
             else:
@@ -206,11 +207,12 @@ class Group(Runner):
             self._on_recovered(last.view.epoch)
         return Outcome(result, last.view.members, last.view.epoch, attempts, isinstance(verdict, Completed))
 
-    def _prepare(self, plan: Plan, view: View, transport: Transport) -> _Attempt:
-        """Take the staging that an attempt needs."""
+    def _prepare(self, operation: Operation, view: View, transport: Transport) -> _Attempt:
+        """Plan an attempt and take the staging that it needs."""
+        plan = operation.plan(view)
         program = self._engine.program(plan.schedule, transport, plan.source.dtype, plan.dtype, plan.lift)
         staging = self._pool.take(program.footprint, plan.dtype)
-        return _Attempt(view, staging, program.pieces(plan.source, staging))
+        return _Attempt(view, plan, staging, program.pieces(plan.source, staging))
 
     def _interrupted(self, lane: str, epoch: int, rank: int | None) -> None:
         """An attempt failed on the link to the member of that rank in the whole epoch, None: aborted from here."""
@@ -244,7 +246,6 @@ class Group(Runner):
         self,
         operation: Operation,
         seq: int,
-        plan: Plan,
         attempt: _Attempt,
         transport: Transport,
         probe: Callable[[str], None] | None,
@@ -255,7 +256,8 @@ class Group(Runner):
             TransportLost: it failed or the epoch is fenced; the membership knows what becomes of it.
 
         """
-        core, changed, view = self._session.core, self._session.changed, attempt.view
+        core, changed = self._session.core, self._session.changed
+        view, plan = attempt.view, attempt.plan
         channel = channel_of(operation.lane)
 
         def agree() -> None:
