@@ -93,10 +93,11 @@ def disagree_on_counts(comm: Communicator) -> list[str]:
     if not last:
         return said
     odd = [2 if comm.rank == last else 1, *[1] * last]
+    uneven = [comm.size - comm.rank, comm.rank, *[0] * (comm.size - 2)]
     attempts: tuple[Callable[[], object], ...] = (
         lambda: comm.all_to_all_v(torch.ones(comm.size), [1] * comm.size, odd),
         lambda: comm.all_gather_v(torch.ones(1), [1, *[2 if comm.rank == last else 1] * last][::-1]),
-        lambda: comm.reduce_scatter_v(torch.ones(6), [6 - comm.rank, comm.rank, *[0] * (comm.size - 2)]),
+        lambda: comm.reduce_scatter_v(torch.ones(comm.size), uneven),
     )
     for attempt in attempts:
         try:
