@@ -19,7 +19,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from collectives.arena import process_arena
 from collectives.arrangement import PROBE_BYTES, Arrangement, Measurement, arrange, measure
 from collectives.calls import Collectives
 from collectives.epochs import Epochs
@@ -246,9 +245,10 @@ class Communicator(Collectives, PointToPoint):
 
         With transport "shm" it lies in registered memory: peers map it, and reductions read it where it is.
         """
-        if self._epochs is None or not self._epochs.lends:
+        arena = None if self._epochs is None else self._epochs.arena
+        if arena is None:
             return torch.empty(shape, dtype=dtype)
-        return process_arena().empty(math.prod(shape), dtype).view(shape)
+        return arena.empty(math.prod(shape), dtype).view(shape)
 
     # --- membership at safe points ---
 

@@ -64,7 +64,9 @@ class Epochs:
     ) -> None:
         self.kind, self._stripes, emulated = parse_transport(kind)
         TRANSPORTS[self.kind].prepare()
-        self.arena = process_arena() if self.lends else None  # here to stay, whatever becomes of transports
+        self.arena = (
+            process_arena() if TRANSPORTS[self.kind].lends else None
+        )  # here to stay, whatever becomes of transports
         self._network = network(options.topology) if emulated else None
         self._key = link_key(token, run)
         self._options = options
@@ -86,11 +88,6 @@ class Epochs:
     def address(self) -> tuple[str, int]:
         """Host and port that other members reach this one's links at."""
         return self._options.advertise or self._options.listen, self._listener.address[1]
-
-    @property
-    def lends(self) -> bool:
-        """Whether the transports let peers read memory where it is; see `Transport.lends`."""
-        return TRANSPORTS[self.kind].lends
 
     def transport(self, epoch: int) -> Transport | None:
         """Return the transport of that epoch if it is ready.

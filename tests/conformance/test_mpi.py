@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import mpi_jobs, operations, silences
+from tests.conformance import mpi_jobs, operations
 from tests.conformance.losses import mortal
 from tests.conformance.test_r6_losses import judge
+from tests.conformance.test_r11_silences import stop_and_wake
 from tests.conformance.transports import WORLDS
 from tests.harness.cluster import Process
 from tests.harness.mpi import MPICH, OPEN_MPI
@@ -78,20 +79,7 @@ def test_survivors_of_killed_ranks_end_alike_and_go_on(kind: str, points: list[s
 
 def test_a_stopped_rank_is_evicted_and_may_join_again() -> None:
     with OPEN_MPI(founders=3, heartbeat=0.1, heartbeat_timeout=2.0) as cluster:
-        joined = cluster.peers(silences.stopped, 3, point="transfer")
-        members = sorted(joined, key=lambda process: process.expect("rank")["rank"])
-        assert members[1].expect("here")["where"].startswith("transfer")
-        members[1].stop()
-        for process in (members[0], members[2]):
-            process.expect("done")
-        members[1].tell("woken")
-        members[1].wake()
-        seen = [members[0].result()["seen"], members[2].result()["seen"]]
-        stopped = members[1].result()
-    assert "taken for dead" in stopped["said"]
-    assert stopped["rejoined"] == 4
-    assert seen[0] == seen[1]
-    assert all(len(contributors) == 2 for contributors in seen[0][1:])
+        stop_and_wake(cluster, "transfer")
 
 
 def test_nothing_of_an_abandoned_epoch_stays_in_mpi() -> None:

@@ -171,7 +171,6 @@ def test_under_torchrun_rank_0_alone_speaks(tmp_path: Path) -> None:
 
 
 def test_mpirun_is_started_where_mpi_is_asked_for() -> None:
-    pytest.importorskip("mpi4py", reason="the extra mpi is not installed")
     arguments = ("all_reduce", "--peers", "2", "--transport", "sockets", *SMALL, "--vs", "mpi", "--json", "-")
     code, out, err = finish(start(*arguments))
     assert code == 0, err
