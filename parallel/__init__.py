@@ -1,1 +1,17 @@
-"""Layouts and the plans built on them."""
+"""Layouts and reshard, planning, sequence and expert parallelism. Public names load on first use: some need torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Shard, Split
+
+__all__ = ["Broadcast", "Flat", "Layout", "Mesh", "Partial", "Shard", "Split"]
+
+_HOMES = dict.fromkeys(__all__, "layout")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
