@@ -1,0 +1,142 @@
+"""The parts into which two layouts cut a tensor together. Called by `boxing`, which counts, and `reshard`, which moves.
+
+All elements of a cell are held by the same ranks before and wanted by the same ranks after. What happens to a cell
+follows from these two alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from collectives.errors import UsageError
+from parallel.layout import Layout, Partial, Shard, shared
+
+Ranks: TypeAlias = tuple[int, ...]
+Nearness: TypeAlias = Callable[[int, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the tensor that some ranks hold, those of each tuple with equal values, which are one term of a sum."""
+
+    shard: Shard
+    terms: tuple[Ranks, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A value to be made: of one or more terms, each of which some ranks hold, and wanted by some ranks."""
+
+    terms: tuple[Ranks, ...]
+    wanted: Ranks
+
+    @property
+    def owners(self) -> Ranks:
+        """Ranks that may add up the terms: those that have one and want the sum, else those that have one."""
+        having = tuple(rank for ranks in self.terms for rank in ranks)
+        return tuple(rank for rank in self.wanted if rank in having) or having
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Elements of a piece of the layout before that make part of a piece of the layout after.
+
+    `before` and `after` are the two shards; `size` is the number of elements that they share.
+    """
+
+    before: Shard
+    after: Shard
+    size: int
+    sums: tuple[Sum, ...]
+
+
+def pieces(layout: Layout, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """The different shards of a layout, but for empty ones, in the order of the mesh."""
+    partial = [axis for axis, placement in enumerate(layout.placements) if isinstance(placement, Partial)]
+    found: dict[Shard, dict[Ranks, list[int]]] = {}
+    for rank in layout.mesh.ranks:
+        shard, place = layout.shard(shape, rank), layout.mesh.place(rank)
+        if shard.size:
+            found.setdefault(shard, {}).setdefault(tuple(place[axis] for axis in partial), []).append(rank)
+    return tuple(Piece(shard, tuple(map(tuple, terms.values()))) for shard, terms in found.items())
+
+
+def cells(a: Layout, b: Layout, shape: tuple[int, ...]) -> Iterator[Cell]:
+    """The cells of two layouts: by the pieces of `a`, and for each by those of `b`.
+
+    Raises:
+        UsageError: a layout does not suit the shape, or has partial values that combine in different ways.
+
+    """
+    reduction(a, b)
+    after = pieces(b, shape)
+    for before in pieces(a, shape):
+        for wanted in after:
+            size = overlap(before.shard, wanted.shard, shape)
+            if size:
+                yield Cell(before.shard, wanted.shard, size, _sums(before.terms, wanted.terms, nearness(a, b)))
+
+
+def overlap(a: Shard, b: Shard, shape: tuple[int, ...]) -> int:
+    """Number of elements that two shards have in common."""
+    common = a.box.intersect(b.box)
+    if (a.whole and b.whole) or common.empty:
+        return common.size
+    return sum(length for _, _, length in shared(a.runs(shape), b.runs(shape)))
+
+
+def transfers(made: Iterator[Cell]) -> tuple[int, int]:
+    """How many elements all ranks send for these cells, and in how many steps."""
+    elements = steps = 0
+    for cell in made:
+        for value in cell.sums:
+            if len(value.terms) == 1:
+                each, rounds = len(set(value.wanted) - set(value.terms[0])), 1
+            else:
+                rest = set(value.wanted) - {value.owners[0]}
+                each, rounds = len(value.terms) - 1 + len(rest), 1 + bool(rest)
+            elements += cell.size * each
+            steps = max(steps, rounds if each else 0)
+    return elements, steps
+
+
+def reduction(a: Layout, b: Layout) -> str:
+    """How partial values of the two layouts combine: the one word for all of them, "sum" where there are none.
+
+    Raises:
+        UsageError: in several ways; or averages are to be made out of something else.
+
+    """
+    before = [p.op for p in a.placements if isinstance(p, Partial)]
+    after = [p.op for p in b.placements if isinstance(p, Partial)]
+    if len({*before, *after}) > 1:
+        raise UsageError(f"cannot go from {a} to {b}: partial values combine in several ways; go by way of B")
+    kept = a.mesh == b.mesh and all(p == q for p, q in zip(a.placements, b.placements, strict=True) if q == _AVERAGE)
+    if "avg" in after and not kept:
+        raise UsageError(f"cannot go from {a} to {b}: nothing can be taken apart into averages; use P")
+    return (before + after + ["sum"])[0]
+
+
+def nearness(a: Layout, b: Layout) -> Nearness:
+    """How near a rank of `a` is to one of `b`: on one mesh, how many coordinates they have in common."""
+    if a.mesh != b.mesh:
+        return lambda one, other: int(one == other)
+    place = a.mesh.place
+    return lambda one, other: sum(x == y for x, y in zip(place(one), place(other), strict=True))
+
+
+_AVERAGE = Partial("avg")
+
+
+def _sums(terms: tuple[Ranks, ...], groups: tuple[Ranks, ...], near: Nearness) -> tuple[Sum, ...]:
+    """Which terms go into which partial value of the layout after: that of which the most ranks have it, or nearly."""
+    if len(groups) == 1:
+        return (Sum(terms, groups[0]),)
+
+    def kinship(group: Ranks, term: Ranks) -> tuple[int, int]:
+        return len(set(group) & set(term)), max(near(one, other) for one in term for other in group)
+
+    chosen: dict[Ranks, list[Ranks]] = {}
+    for term in terms:
+        chosen.setdefault(max(groups, key=lambda group: kinship(group, term)), []).append(term)
+    return tuple(Sum(tuple(mine), group) for group, mine in chosen.items())
