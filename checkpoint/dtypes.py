@@ -5,7 +5,7 @@ Stored bytes are little-endian. Numpy lacks bfloat16 and the 8-bit floats; their
 
 from collectives.errors import UsageError
 
-ITEMSIZES: dict[str, int] = {
+ITEMSIZE: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4,
@@ -28,7 +28,8 @@ TORCH: dict[str, str] = {
 }  # fmt: skip
 """Ours for torch's names (`torch.float32` without the module)."""
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"})
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Floats whose words are sign, exponent, mantissa: they are cast into each other, and their exponents compress."""
 
 
 def itemsize(dtype: str) -> int:
@@ -38,6 +39,6 @@ def itemsize(dtype: str) -> int:
         UsageError: the dtype is unknown.
 
     """
-    if dtype not in ITEMSIZES:
-        raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(ITEMSIZES)}")
-    return ITEMSIZES[dtype]
+    if dtype not in ITEMSIZE:
+        raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(ITEMSIZE)}")
+    return ITEMSIZE[dtype]

@@ -70,8 +70,8 @@ class Source(Protocol):
     """A checkpoint that is open for reading.
 
     `extras` holds JSON values besides the tensors; keys that readers agree on: `iteration` (int), `scheduler`, `rng`,
-    `args` (settings of the job that wrote it), `tied` (lists of names that share one tensor, the owner first: the others
-    may have entries too, of the same bytes, and writers that keep one name keep the first),
+    `args` (settings of the job that wrote it), `tied` (lists of names that share one tensor, the owner first: the
+    others may have entries too, of the same bytes, and writers that keep one name keep the first),
     `universal_checkpoint_info`, `client_state`, `layout` (sizes of the axes that wrote it). Bytes are
     `{"base64": "..."}`. What has no JSON form is left out and named in `extras["left_out"]`.
     """

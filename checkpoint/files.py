@@ -1,0 +1,112 @@
+"""Reading ranges of files: what every reader of checkpoints ends in.
+
+Ranges are read with `pread` into the caller's memory and never mapped: mapped pages would count as memory of the
+process, and a file that shrinks under a map ends it.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from collectives.errors import CorruptFile
+
+KEPT_OPEN = 256
+"""Files of one `Files` that stay open; those beyond are opened for each read."""
+
+
+class Unreadable(CorruptFile):
+    """A file or folder of a checkpoint is not there, or may not be read."""
+
+
+class Files:
+    """The files of one checkpoint, opened when they are first read."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, File] = {}
+        self._open = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def get(self, path: Path) -> "File":
+        """Open a file. `Unreadable`: it cannot be opened."""
+        if path not in self._files:
+            self._files[path] = File(path, keep=len(self._files) < KEPT_OPEN)
+        return self._files[path]
+
+    def close(self) -> None:
+        """Close all."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+class File:
+    """One file, read at any place by any thread.
+
+    Raises:
+        Unreadable: it is not there, is no file, or may not be read.
+
+    """
+
+    def __init__(self, path: Path, keep: bool = True) -> None:
+        self.path = path
+        descriptor = self._open()
+        try:
+            self.size = os.fstat(descriptor).st_size
+        finally:
+            if not keep:
+                os.close(descriptor)
+        self._descriptor = descriptor if keep else None
+
+    def _open(self) -> int:
+        if self.path.is_dir():
+            raise Unreadable(f"{self.path} is a folder where a file is expected; is the checkpoint whole?")
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unreadable(f"{self.path} cannot be read: {error.strerror}; is the checkpoint whole?") from None
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Read `count` bytes from `offset`. `CorruptFile`: the file ends before."""
+        self._check(offset, count)
+        data = bytearray(count)
+        self.read_into(offset, data)
+        return bytes(data)
+
+    def read_into(self, offset: int, out: Any) -> None:
+        """Fill a buffer of contiguous bytes from `offset` on. `CorruptFile`: the file ends before."""
+        view = memoryview(out).cast("B")
+        self._check(offset, len(view))
+        descriptor = self._open() if self._descriptor is None else self._descriptor
+        try:
+            at = 0
+            while at < len(view):
+                got = os.preadv(descriptor, [view[at:]], offset + at)
+                if not got:
+                    raise CorruptFile(f"{self.path} ended while it was read; is another process writing it?")
+                at += got
+        except OSError as error:
+            raise Unreadable(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from None
+        finally:
+            if self._descriptor is None:
+                os.close(descriptor)
+
+    def _check(self, offset: int, count: int) -> None:
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise CorruptFile(
+                f"{self.path} has {self.size} bytes and should have {offset + count} or more: it is truncated, or not "
+                f"what its checkpoint says; copy it again"
+            )
+
+    def close(self) -> None:
+        """Close it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
