@@ -1,0 +1,114 @@
+"""A plan: where every tensor of a training step lives, and what is communicated because of it.
+
+`parallel.planner` makes it, the executor runs it, `ringhold plan` prints it. It says of each node in which placements it
+takes its inputs and makes its outputs; where a value is made in other placements than it is wanted in, it is resharded,
+once for each placement in which it is wanted, however many nodes take it so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from parallel.boxing import Boxing, boxing
+from parallel.graph import Graph, Phase, Role, Value
+from parallel.layout import Layout, Mesh, Placement
+
+Placements: TypeAlias = tuple[Placement, ...]
+"""One for each axis of the mesh."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a node runs: in which placements it takes each tensor argument and makes each output."""
+
+    inputs: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reshard:
+    """A value brought into another placement.
+
+    Attributes:
+        value: of the graph.
+        before, after: its layouts.
+        phase: of the node that first wants it so; of an output: forward for the loss, backward for gradients, else
+            update.
+        wanted_by: name of that node, or what the output is to the user.
+        boxing: what it takes.
+
+    """
+
+    value: Value
+    before: Layout
+    after: Layout
+    phase: Phase
+    wanted_by: str
+    boxing: Boxing
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all ranks together send."""
+        return self.boxing.elements * self.value.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lives.
+
+    Attributes:
+        mesh: of ranks.
+        graph: the step.
+        starts: placements of each of `graph.inputs`.
+        nodes: of each of `graph.nodes`, in the same order.
+        ends: placements in which each of `graph.outputs` is left: a new parameter or state as its old value came, the
+            loss and a buffer on every rank, a gradient as it was made.
+
+    """
+
+    mesh: Mesh
+    graph: Graph
+    starts: tuple[Placements, ...]
+    nodes: tuple[Sharding, ...]
+    ends: tuple[Placements, ...]
+
+    @cached_property
+    def made(self) -> dict[str, Placements]:
+        """Placements in which each value is given or made, by its name."""
+        found = {source.value.name: placed for source, placed in zip(self.graph.inputs, self.starts, strict=True)}
+        for node, sharding in zip(self.graph.nodes, self.nodes, strict=True):
+            found.update(zip((value.name for value in node.outputs), sharding.outputs, strict=True))
+        return found
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Where each input of the step lives, by the user's name: parameters, optimizer state, batch."""
+        pairs = zip(self.graph.inputs, self.starts, strict=True)
+        return {source.name: Layout(self.mesh, placed) for source, placed in pairs}
+
+    @cached_property
+    def reshards(self) -> tuple[Reshard, ...]:
+        """Every change of placement, in the order in which the step needs them; those that send nothing too."""
+        found: dict[tuple[str, Placements], Reshard] = {}
+        for value, wanted, phase, name in self._wanted():
+            made = self.made[value.name]
+            if wanted == made or (value.name, wanted) in found:
+                continue
+            before, after = Layout(self.mesh, made), Layout(self.mesh, wanted)
+            cost = boxing(before, after, value.shape)
+            found[value.name, wanted] = Reshard(value, before, after, phase, name, cost)
+        return tuple(found.values())
+
+    @property
+    def collectives(self) -> tuple[Reshard, ...]:
+        """The changes of placement for which something is sent."""
+        return tuple(reshard for reshard in self.reshards if reshard.boxing.elements)
+
+    def _wanted(self) -> Iterator[tuple[Value, Placements, Phase, str]]:
+        for node, sharding in zip(self.graph.nodes, self.nodes, strict=True):
+            for value, placed in zip(node.inputs, sharding.inputs, strict=True):
+                yield value, placed, node.phase, node.name
+        for output, placed in zip(self.graph.outputs, self.ends, strict=True):
+            phase = {Role.LOSS: Phase.FORWARD, Role.GRADIENT: Phase.BACKWARD}.get(output.role, Phase.UPDATE)
+            yield output.value, placed, phase, f"{output.role} {output.name}".rstrip()
