@@ -31,6 +31,10 @@ class UnsupportedTensor(UsageError):
     """A tensor has a device, layout or dtype that the operation cannot take."""
 
 
+class CaptureError(UsageError):
+    """A training step cannot be captured as one graph, because its code depends on data or cannot be traced."""
+
+
 class LaneMisuse(UsageError):
     """A lane is used by two threads at once, or an operation needs it idle and it is not."""
 
@@ -105,6 +109,41 @@ class CorruptFile(RingholdError):
     """A file is not whole, or its content is not what was written."""
 
     exit_code = 4
+
+
+class StorageFailed(RingholdError):
+    """A file or an object store did not do what was asked: nothing there, no permission, no space, no connection."""
+
+    exit_code = 4
+
+
+class NoCheckpoint(StorageFailed):
+    """There is no checkpoint, or not the step of it, where one was looked for."""
+
+
+class UnknownFormat(RingholdError):
+    """A checkpoint is of no format that can be read here, or of a newer version of one."""
+
+    exit_code = 4
+
+
+class LayoutMismatch(RingholdError):
+    """Tensors are not where or what a layout or a checkpoint says: missing, unexpected, of another shape or dtype.
+
+    `missing`, `unexpected` and `mismatched` are their names.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected
+        self.mismatched = mismatched
 
 
 class JournalError(RingholdError):

@@ -1,0 +1,226 @@
+"""Capture: a user's training step becomes one flat graph of aten operations.
+
+`capture(loss_fn, model, optimizer, example)` runs forward, loss and backward once on fake tensors, which have shapes
+but no memory, so a model of 70 billion parameters (built under `torch.device("meta")`) costs nothing. The optimizer's
+update is written behind it (`parallel.update`). The planner, the executor and the signatures' tests take the result.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from collectives.errors import CaptureError, UsageError
+from parallel import update
+from parallel.decompositions import TABLE
+from parallel.graph import Graph, Role
+from parallel.lowering import Captured, Source, lower
+from parallel.modules import Watch
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A captured training step.
+
+    Args:
+        graph: forward, backward and update.
+        batch: how the tensors of a batch are put together; `inputs` takes batches of this form.
+
+    """
+
+    graph: Graph
+    batch: pytree.TreeSpec
+
+    def inputs(self, model: nn.Module, optimizer: Optimizer, batch: Any) -> dict[str, Tensor]:
+        """Everything that the graph needs, by the user's names, as it is now: parameters, buffers, state, rates, batch.
+
+        Tensors of the model and the optimizer are not copied. State that the optimizer does not have yet is zero.
+
+        Raises:
+            UsageError: the batch has another form than the example had, or a tensor another shape.
+
+        """
+        leaves, spec = pytree.tree_flatten(batch)
+        if spec != self.batch:
+            raise UsageError(f"the step was captured with a batch of the form {self.batch}, not {spec}")
+        owned = dict(model.named_parameters())
+        found: dict[str, Tensor] = {**owned, **dict(model.named_buffers())}
+        found.update(zip(_batch_names(batch), leaves, strict=True))
+        for number, group in enumerate(optimizer.param_groups):
+            found[f"lr.{number}"] = torch.as_tensor(group["lr"], dtype=torch.float64)
+        result = {}
+        for source in self.graph.inputs:
+            if source.role == Role.STATE:
+                found[source.name] = _state(source.name, source.parameter, owned, optimizer)
+            if source.role == Role.CONSTANT:
+                continue
+            tensor = found.get(source.name)
+            if tensor is None or tuple(tensor.shape) != source.value.shape:
+                held = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise UsageError(
+                    f"the step needs {source.role} {source.name} of shape {source.value.shape}, not {held}"
+                )
+            result[source.name] = tensor
+        return result
+
+
+def _state(name: str, parameter: str, owned: Mapping[str, Tensor], optimizer: Optimizer) -> Tensor:
+    if not parameter:  # the number of steps taken, which torch keeps once for each parameter
+        taken = max((float(state["step"]) for state in optimizer.state.values() if "step" in state), default=0.0)
+        return torch.tensor(taken, dtype=torch.float64)
+    held = optimizer.state.get(owned[parameter], {}).get(name.rpartition(".")[2])
+    return held if isinstance(held, Tensor) else torch.zeros_like(owned[parameter])
+
+
+def capture(loss_fn: LossFunction, model: nn.Module, optimizer: Optimizer, example: Any) -> Step:
+    """Capture `loss_fn(model, batch)`, its backward and the optimizer's update as one graph.
+
+    Nothing is allocated or changed: the model's tensors may be on the meta device, and the optimizer keeps its state.
+
+    Args:
+        loss_fn: returns the loss, a scalar.
+        model: in training mode or not, as the step shall run.
+        optimizer: SGD, Adam or AdamW of `torch.optim` over the model's parameters.
+        example: a batch; of its tensors only shapes and dtypes count. Any nesting of lists, tuples and dicts.
+
+    Raises:
+        CaptureError: the code looks at values, makes shapes of them, or does what cannot be traced; the message says
+            what and at which line.
+        Unsupported: the optimizer or one of its options is not known.
+        UsageError: the loss is no scalar, or no parameter has a gradient.
+
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = update.slots(optimizer, names)
+    leaves, spec = pytree.tree_flatten(example)
+    fakes = FakeTensorMode(allow_non_fake_inputs=False)
+    sources = [
+        *(Source(Role.PARAMETER, name, _fake(fakes, tensor)) for name, tensor in model.named_parameters()),
+        *(Source(Role.BUFFER, name, _fake(fakes, tensor)) for name, tensor in model.named_buffers()),
+        *(
+            Source(Role.BATCH, name, _fake(fakes, tensor))
+            for name, tensor in zip(_batch_names(example), leaves, strict=True)
+        ),
+    ]
+    for source in sources:
+        if source.name in kept:
+            source.tensor.requires_grad_()
+    captured = _trace(_Program(loss_fn, model, sources, spec), fakes)
+    return Step(lower(captured, optimizer, kept), spec)
+
+
+def _batch_names(batch: Any) -> list[str]:
+    """`batch`, `batch.0`, `batch.tokens`: by the way to each leaf. UsageError: a leaf is no tensor."""
+    names = []
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        name = ".".join(["batch", *(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)])
+        if not isinstance(leaf, Tensor):
+            raise UsageError(f"{name} is a {type(leaf).__name__}; a batch consists of tensors: put others into loss_fn")
+        names.append(name)
+    return names
+
+
+def _fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype on the CPU, without memory."""
+    with fakes:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+class _Bound(nn.Module):
+    """The model and the loss as one module, so that `functional_call` can lend it other tensors."""
+
+    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+        super().__init__()
+        self.loss_fn, self.model = loss_fn, model
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Forward and backward as a function of the sources' tensors."""
+
+    loss_fn: LossFunction
+    model: nn.Module
+    sources: list[Source]
+    spec: pytree.TreeSpec
+
+    def run(self, watch: Watch, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        lent = {
+            f"model.{source.name}": tensor
+            for source, tensor in zip(self.sources, tensors, strict=True)
+            if source.role != Role.BATCH
+        }
+        batch = pytree.tree_unflatten(tensors[len(lent) :], self.spec)
+        with watch.forward(self.model):
+            loss = functional_call(_Bound(self.loss_fn, self.model), lent, (batch,))
+        moved = [tensor for tensor in tensors if tensor.requires_grad]
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(f"loss_fn must return a scalar that depends on the optimizer's parameters, not {what}")
+        with watch.backward(loss):
+            gradients = torch.autograd.grad(loss, moved, allow_unused=True)
+        return loss, list(gradients)
+
+
+def _trace(program: _Program, fakes: FakeTensorMode) -> Captured:
+    """Trace on fake tensors; once more, functionally, if the model's code writes into tensors."""
+    watch = Watch()
+
+    def plain(*tensors: Tensor) -> Any:
+        return program.run(watch, list(tensors))
+
+    with fakes, _explained():
+        traced = make_fx(plain, decomposition_table=TABLE, tracing_mode="real")(*(s.tensor for s in program.sources))
+    return Captured(program.sources, traced, watch)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what tracing raises into a `CaptureError` that says what and where."""
+    try:
+        yield
+    except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+        raise CaptureError(
+            f"{_where(error)}: the step looks at the value of a tensor, so that its graph depends on data; "
+            f"compute with torch.where or masks instead ({_first_line(error)})"
+        ) from error
+    except DynamicOutputShapeException as error:
+        raise CaptureError(
+            f"{_where(error)}: {error.func} gives a shape that depends on data; use shapes that are known before, "
+            f"such as a mask or a fixed capacity"
+        ) from error
+    except UnsupportedFakeTensorException as error:
+        raise CaptureError(f"{_where(error)}: this cannot be traced: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the innermost code that is neither torch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent / "capture.py"), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    if not frames:
+        return "the step"
+    return f"{frames[-1].filename}:{frames[-1].lineno} (in {frames[-1].name})"
