@@ -1,8 +1,8 @@
 """Pickles written opcode by opcode, of classes that are named but never imported: torch's, DeepSpeed's, Megatron's.
 
 `dumps` writes plain values and, among them, the nodes below: `Name` (a class or function of a library), `Call` (what a
-function returns), `Made` (an instance without its constructor, with state) and `Persistent` (what torch's files keep
-beside the pickle). Protocol 2, because it is what torch's own weights-only reader knows. Used by `torch_file` and by
+function returns), `Made` (an instance without its constructor, with state), `Pairs` (a dict of such keys) and
+`Persistent` (what torch's files keep beside the pickle). Protocol 2, because it is what torch's own weights-only reader knows. Used by `torch_file` and by
 the writers of foreign formats.
 """
 
@@ -45,6 +45,13 @@ class Persistent:
     """A value that the pickle names by an identifier and the file keeps elsewhere."""
 
     identifier: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A dict whose keys may be nodes of this module."""
+
+    items: tuple[tuple[Any, Any], ...]
 
 
 def ordered(items: Mapping[Any, Any]) -> Call:
@@ -121,7 +128,7 @@ class _Emitter:
         # Protocol 2 has no bytes; this is how Python's own pickler spells them.
         self.call(Call(Name("_codecs", "encode"), (value.decode("latin-1"), "latin1")))
 
-    def tuple(self, value: tuple[Any, ...]) -> None:
+    def tuple_(self, value: tuple[Any, ...]) -> None:
         if 0 < len(value) < 4:
             for one in value:
                 self._value(one)
@@ -134,20 +141,24 @@ class _Emitter:
         else:
             self._out += b")"
 
-    def list(self, value: Iterable[Any]) -> None:
+    def list_(self, value: Iterable[Any]) -> None:
         self._out += b"](" if value else b"]"
         for one in value:
             self._value(one)
         self._out += b"e" if value else b""
 
-    def dict(self, value: Mapping[Any, Any]) -> None:
+    def dict_(self, value: Mapping[Any, Any]) -> None:
         self._out += b"}"
-        self._items(value)
+        self._items(tuple(value.items()))
 
-    def _items(self, value: Mapping[Any, Any]) -> None:
+    def pairs(self, value: Pairs) -> None:
+        self._out += b"}"
+        self._items(value.items)
+
+    def _items(self, value: tuple[tuple[Any, Any], ...]) -> None:
         if value:
             self._out += b"("
-            for key, one in value.items():
+            for key, one in value:
                 self._value(key)
                 self._value(one)
             self._out += b"u"
@@ -159,10 +170,10 @@ class _Emitter:
 
     def call(self, value: Call) -> None:
         self.name(value.function)
-        self.tuple(value.arguments)
+        self.tuple_(value.arguments)
         self._out += b"R"
         if value.items is not None:
-            self._items(value.items)
+            self._items(tuple(value.items.items()))
         if value.state is not None:
             self._value(value.state)
             self._out += b"b"
@@ -185,11 +196,12 @@ _WRITERS: dict[type, Any] = {
     float: _Emitter.floating,
     str: _Emitter.text,
     bytes: _Emitter.raw,
-    tuple: _Emitter.tuple,
-    list: _Emitter.list,
-    dict: _Emitter.dict,
+    tuple: _Emitter.tuple_,
+    list: _Emitter.list_,
+    dict: _Emitter.dict_,
     Name: _Emitter.name,
     Call: _Emitter.call,
     Made: _Emitter.made,
+    Pairs: _Emitter.pairs,
     Persistent: _Emitter.persistent,
 }

@@ -50,12 +50,12 @@ class Saved:
         return math.prod(self.shape) * itemsize(self.dtype)
 
 
-def saved(source: Source, entry: Entry) -> Saved:
-    """All of a tensor of a source."""
-    return saved_box(source, entry, Region.whole(entry.shape))
+def saved(source: Source, entry: Entry, progress: Callable[[int], None]) -> Saved:
+    """All of a tensor of a source; `progress` is told the bytes of every block that is read."""
+    return saved_box(source, entry, Region.whole(entry.shape), progress)
 
 
-def saved_box(source: Source, entry: Entry, box: Region) -> Saved:
+def saved_box(source: Source, entry: Entry, box: Region, progress: Callable[[int], None]) -> Saved:
     """A box of a tensor of a source, as a tensor of its own."""
 
     def read() -> Iterator[Bytes]:
@@ -63,6 +63,7 @@ def saved_box(source: Source, entry: Entry, box: Region) -> Saved:
             start = tuple(map(int.__add__, block.start, box.start))
             stop = tuple(map(int.__add__, block.stop, box.start))
             yield source.read(entry.key, Region(start, stop))
+            progress(block.size * itemsize(entry.dtype))
 
     return Saved(entry.dtype, box.shape, read)
 
