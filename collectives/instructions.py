@@ -19,7 +19,8 @@ CALLER, STAGING, SCRATCH = range(3)
 """The memories: the caller's tensor, which is only read; what the result is built in; and where that lands which is to
 be reduced into something else."""
 
-Kernel = Callable[[Tensor], object]
+Kernel = Callable[..., object]
+"""Called with views of what it writes and, behind them, of what it reads; in place: with one view."""
 Reduction = Callable[[Tensor, Tensor, Tensor], object]
 Probe = Callable[[str], None]
 
@@ -266,14 +267,16 @@ class Fold(NamedTuple):
 
 
 class RunKernel(NamedTuple):
-    """Run a kernel on a range of staging, in place."""
+    """Run a kernel on a range of staging, in place, or on further ranges that it writes and others that it reads."""
 
     kernel: str
     on: Where
+    writes: tuple[Where, ...] = ()
+    reads: tuple[Where, ...] = ()
 
     def run(self, machine: Machine) -> None:
         """See Instruction."""
-        machine.kernels[self.kernel](machine.tensor(self.on))
+        machine.kernels[self.kernel](*map(machine.tensor, (self.on, *self.writes, *self.reads)))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

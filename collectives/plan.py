@@ -80,6 +80,8 @@ class _Cell(NamedTuple):
     """When the data are there."""
     readers: tuple[int, ...]
     """Numbers of the sends that read this piece of staging."""
+    used: int = NEVER_USED
+    """When the last computation has read it."""
 
 
 _Cells = list[tuple[int, int, _Cell]]
@@ -180,7 +182,7 @@ class Plan:
         old = [cell for _, _, cell in cells if cell is not None and not cell.held]
         receive.into.append(Where(STAGING, row.start, row.stop))
         receive.landing_waits |= self._over(frozenset(send for cell in old for send in cell.readers), receive.step)
-        receive.landing_after = max([receive.landing_after, *(cell.ready for cell in old)])
+        receive.landing_after = max([receive.landing_after, *(max(cell.ready, cell.used) for cell in old)])
         return index
 
     def _plan_fold(self, row: Recv, index: int, early: int, defer: int) -> int:
@@ -204,15 +206,42 @@ class Plan:
         return due
 
     def _plan_compute(self, compute: Compute, step: int) -> None:
+        if compute.operands.reads:
+            self._plan_derived(compute, step)
+            return
         whole = compute.start, compute.stop, False
         for start, stop, _ in segments(compute, self.cutting) if compute.elementwise else [whole]:
             cells = self._lifted(self._known(start, stop))
             readers = self._over(_readers(cells), step)
-            due = max(cell.ready for _, _, cell in cells)
-            for send in readers:  # not before it is posted, nor while its receiver may still wait for us
-                due = max(due, self.send_due[send], self._through[self.send_step[send]])
+            due = self._after(readers, [max(cell.ready, cell.used) for _, _, cell in cells])
             self._when(due, RunKernel(compute.kernel, Where(STAGING, start, stop)), readers)
             self._cells.assign(start, stop, _Cell(False, 0, due, ()))
+
+    def _plan_derived(self, compute: Compute, step: int) -> None:
+        """Plan a computation that sets ranges from others, which may lie in the caller's tensor."""
+        reads, ready = [], [START]
+        for start, stop in compute.operands.reads:
+            cells = self._known(start, stop)
+            if _in_one_piece(cells):
+                reads.append(_in_caller(cells))
+                continue
+            reads.append(Where(STAGING, start, stop))
+            ready += [cell.ready for _, _, cell in self._lifted(cells)]
+        written = ((compute.start, compute.stop), *compute.operands.writes)
+        old = [cell for span in written for _, _, cell in self._cells.pieces(*span) if cell and not cell.held]
+        readers = self._over(frozenset(send for cell in old for send in cell.readers), step)
+        due = self._after(readers, ready + [max(cell.ready, cell.used) for cell in old])
+        on, *others = (Where(STAGING, *span) for span in written)
+        self._when(due, RunKernel(compute.kernel, on, tuple(others), tuple(reads)), readers)
+        for start, stop in compute.operands.reads:
+            for low, high, cell in self._known(start, stop):
+                self._cells.assign(low, high, cell._replace(used=max(cell.used, due)))
+        for span in written:
+            self._cells.assign(*span, _Cell(False, 0, due, ()))
+
+    def _after(self, sends: frozenset[int], times: list[int]) -> int:
+        """The last of these times, not before a send is posted, nor while its receiver may still wait for us."""
+        return max([*times, *(max(self.send_due[send], self._through[self.send_step[send]]) for send in sends)])
 
     def _finish(self, wanted: tuple[Range, ...]) -> list[Where]:
         """Lift what is wanted and still in the caller's tensor, a piece at a time between the receives."""

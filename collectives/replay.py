@@ -6,6 +6,7 @@ network in the order of time; what they meet there is `crossing`, the rule of th
 
 import heapq
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,15 +67,24 @@ class Replay:
         segment, pack: as `Cutting.note` and `Cutting.pack`, elements.
         itemsize: bytes of an element.
         reduce_rate: bytes a second.
+        kernel_seconds: how long the kernel of a name takes; None: what `reduce_rate` makes of its range.
 
     """
 
     def __init__(
-        self, schedule: Schedule, topology: Topology, segment: int, pack: int, itemsize: int, reduce_rate: float
+        self,
+        schedule: Schedule,
+        topology: Topology,
+        segment: int,
+        pack: int,
+        itemsize: int,
+        reduce_rate: float,
+        kernel_seconds: Callable[[str], float] | None = None,
     ) -> None:
         self._topology = topology
         self._itemsize = itemsize
         self._reduce_rate = reduce_rate
+        self._kernel_seconds = kernel_seconds
         cutting = Cutting(segment, _EVERYTHING, segment, _WINDOW, convert=False, lift=True, pack=pack)
         programs = (compile_program(schedule, rank, cutting) for rank in range(schedule.world))
         self._ranks = [_Rank(program.instructions) for program in programs]
@@ -123,6 +133,8 @@ class Replay:
                 state.clock = max(state.clock, state.left.pop(number))
             case Fold(_, _, into):
                 state.clock += (into.stop - into.start) * self._itemsize / self._reduce_rate
+            case RunKernel(kernel) if self._kernel_seconds is not None:
+                state.clock += self._kernel_seconds(kernel)
             case RunKernel(_, on):
                 state.clock += (on.stop - on.start) * self._itemsize / self._reduce_rate
             case _:  # copies inside a rank count for nothing

@@ -7,13 +7,15 @@ Semantics, and what an engine may rely on once `verify` has accepted a schedule:
 
 1. All transfers and computations of a step read the state that the *earlier* steps left. A transfer reads the range at
    the source and writes the same range at the destination: overwriting it, or with `combine` folding it in
-   (`mine = mine op theirs`). A computation reads and writes its range, in place.
+   (`mine = mine op theirs`). A computation reads and writes its range, in place; or, where it names ranges that it
+   reads, it sets its range, and those that it names besides, from what is in these (its own may be among them).
 2. A rank may therefore run its part out of lockstep, guided by ranges alone: a send waits for the writes of its range
    in earlier steps; a write (receive or computation) waits for the reads and writes of its range in earlier steps and,
    if it combines, for the sends of its range in the same step.
 3. The last clause is for `combine` only, whose data land in scratch memory first; so two ranks may exchange and
    reduce the same range in one step without waiting in a circle. No copied range overlaps a send of the same step and
-   rank, and no computation overlaps anything of the same step and rank: these may use the buffer directly.
+   rank, and nothing that a computation writes overlaps anything else of the same step and rank: these may use the
+   buffer directly. What a computation only reads may be sent, or read by others, in the same step.
 4. Several combines of one step into the same range are folded in the order of their rows. Between two ranks,
    transfers take place in the order of steps and, within a step, of rows; `local` keeps it on both sides, so that one
    FIFO per pair of ranks suffices.
@@ -36,6 +38,18 @@ Ints32 = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
 
+class Operands(NamedTuple):
+    """What a computation works on besides its range. Without `reads` it works in place, and on nothing else."""
+
+    reads: Ranges = ()
+    """Ranges from which it sets all that it writes. Its own is among them if it depends on what was there."""
+    writes: Ranges = ()
+    """Further ranges that it sets."""
+
+
+NO_OPERANDS = Operands()
+
+
 @dataclass(frozen=True, slots=True)
 class Computes:
     """The computations of a step, one a row: columns of equal length, read-only."""
@@ -47,9 +61,11 @@ class Computes:
     stop: Ints
     elementwise: Bools
     """Whether an engine may run the kernel on pieces of the range, in any order."""
+    operands: tuple["Operands", ...] = ()
+    """Of each row, what it reads and writes besides; empty if none of the rows does."""
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[int, int, int, int, bool]] = ()) -> Self:
+    def of(cls, rows: Iterable[tuple[int, int, int, int, bool]] = (), operands: Iterable["Operands"] = ()) -> Self:
         """Columns from rows `(rank, kernel, start, stop, elementwise)`."""
         rank, kernel, start, stop, elementwise = zip(*rows, strict=True) if (rows := list(rows)) else ((),) * 5
         return cls(
@@ -58,7 +74,12 @@ class Computes:
             column(start, np.int64),
             column(stop, np.int64),
             column(elementwise, np.bool_),
+            tuple(operands),
         )
+
+    def operands_of(self, row: int) -> "Operands":
+        """What a row reads and writes besides."""
+        return self.operands[row] if self.operands else NO_OPERANDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +99,7 @@ class Step:
         cls,
         rows: Iterable[tuple[int, int, int, int, bool]] = (),
         computes: Iterable[tuple[int, int, int, int, bool]] = (),
+        operands: Iterable[Operands] = (),
     ) -> Self:
         """Columns from rows `(src, dst, start, stop, combine)` and `(rank, kernel, start, stop, elementwise)`."""
         src, dst, start, stop, combine = zip(*rows, strict=True) if (rows := list(rows)) else ((),) * 5
@@ -87,7 +109,7 @@ class Step:
             column(start, np.int64),
             column(stop, np.int64),
             column(combine, np.bool_),
-            Computes.of(computes),
+            Computes.of(computes, operands),
         )
 
 
@@ -109,12 +131,13 @@ class Recv(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """The named kernel runs on elements `[start, stop)`, in place."""
+    """The named kernel runs on elements `[start, stop)`, in place, or as `operands` say."""
 
     kernel: str
     start: int
     stop: int
     elementwise: bool
+    operands: Operands = NO_OPERANDS
 
 
 class LocalStep(NamedTuple):
@@ -149,8 +172,8 @@ class Program(Protocol):
     def recvs(self, rank: int) -> Iterator[tuple[int, Recv]]:
         """`(step, row)` of what the rank receives; rows of one step in their order."""
 
-    def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool]]:
-        """`(step, kernel, start, stop, elementwise)` of what the rank computes; rows of one step in their order."""
+    def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool, Operands]]:
+        """`(step, kernel, start, stop, elementwise, operands)` of what the rank computes; rows of one step in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,8 +282,8 @@ class Schedule:
             sends[index].append(send)
         for index, recv in self.program.recvs(rank):
             recvs[index].append(recv)
-        for index, kernel, start, stop, elementwise in self.program.computes(rank):
-            computes[index].append(Compute(self.kernels[kernel], start, stop, elementwise))
+        for index, kernel, start, stop, elementwise, operands in self.program.computes(rank):
+            computes[index].append(Compute(self.kernels[kernel], start, stop, elementwise, operands))
         busy = sorted({*sends, *recvs, *computes})
         none: tuple[()] = ()
         return LocalPart(
@@ -304,13 +327,13 @@ class _Columns:
             for row in zip(*(values.tolist() for values in columns), strict=True):
                 yield index, Recv(*row)
 
-    def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool]]:
+    def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool, Operands]]:
         for index, step in enumerate(self.steps):
             work = step.computes
             rows = np.flatnonzero(work.rank == rank)
-            columns = (work.kernel[rows], work.start[rows], work.stop[rows], work.elementwise[rows])
-            for kernel, start, stop, elementwise in zip(*(values.tolist() for values in columns), strict=True):
-                yield index, kernel, start, stop, elementwise
+            columns = (rows, work.kernel[rows], work.start[rows], work.stop[rows], work.elementwise[rows])
+            for row, kernel, start, stop, elementwise in zip(*(values.tolist() for values in columns), strict=True):
+                yield index, kernel, start, stop, elementwise, work.operands_of(row)
 
 
 def _checked(index: int, step: Step, world: int, count: int, kernels: int) -> Step:
@@ -329,6 +352,7 @@ def _checked(index: int, step: Step, world: int, count: int, kernels: int) -> St
     _refuse(index, "compute", (work.kernel < 0) | (work.kernel >= kernels), f"names none of the {kernels} kernels")
     _refuse(index, "compute", _outside(work.start, work.stop, count), f"has a range that is not within [0, {count})")
     _refuse(index, "compute", work.start == work.stop, "has an empty range")
+    _check_operands(index, work, count)
     return Step(
         column(step.src, np.int32),
         column(step.dst, np.int32),
@@ -341,8 +365,19 @@ def _checked(index: int, step: Step, world: int, count: int, kernels: int) -> St
             column(work.start, np.int64),
             column(work.stop, np.int64),
             column(work.elementwise, np.bool_),
+            tuple(Operands(tuple(reads), tuple(writes)) for reads, writes in work.operands),
         ),
     )
+
+
+def _check_operands(index: int, work: Computes, count: int) -> None:
+    if len(work.operands) not in (0, len(work.rank)):
+        raise UsageError(f"step {index}: {len(work.operands)} operands for {len(work.rank)} computes")
+    for row, (reads, writes) in enumerate(work.operands):
+        if any(not 0 <= start < stop <= count for start, stop in (*reads, *writes)):
+            raise UsageError(f"step {index}: compute {row} has an operand that is not within [0, {count}), or is empty")
+        if (reads and work.elementwise[row]) or (writes and not reads):
+            raise UsageError(f"step {index}: compute {row} with operands must read some, and not be elementwise")
 
 
 def _outside(start: Ints, stop: Ints, count: int) -> Bools:

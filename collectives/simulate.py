@@ -17,6 +17,7 @@ ranks keep in step and share no ports, as in a ring; else approximate:
 - The memory of a send is free at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -89,6 +90,7 @@ def simulate(
     segment_bytes: int = SEGMENT_BYTES,
     itemsize: int = 4,
     reduce_rate: float = inf,
+    kernel_seconds: Callable[[str], float] | None = None,
     exact: bool | None = None,
 ) -> Timing:
     """Time a schedule; rank `r` of the schedule is rank `r` of the topology, which may have more.
@@ -99,6 +101,7 @@ def simulate(
         segment_bytes: transfers are cut into segments of about this many bytes, as the engine does over sockets.
         itemsize: bytes of an element.
         reduce_rate: bytes a second that a rank reduces, and runs the schedule's kernels on, one segment at a time.
+        kernel_seconds: how long the kernel of a name takes instead; followed message by message only.
         exact: follow every message, or all of a step at once; None: what the number of messages allows.
 
     Raises:
@@ -115,10 +118,12 @@ def simulate(
         raise UsageError("segment_bytes, itemsize and reduce_rate must be positive")
     segment = max(1, segment_bytes // itemsize)
     if exact is None:
-        exact = _few(schedule, segment)
+        exact = kernel_seconds is not None or _few(schedule, segment)
+    if not exact and kernel_seconds is not None:
+        raise UsageError("kernel_seconds needs exact=True; take longer segments if there are too many messages")
     if exact:
         pack = min(PACK_BYTES, segment_bytes) // itemsize
-        replay = Replay(schedule, topology, segment, pack, itemsize, reduce_rate)
+        replay = Replay(schedule, topology, segment, pack, itemsize, reduce_rate, kernel_seconds)
         finish, carried = replay.run(), replay.carried
     else:
         steps = _Steps(schedule, topology, survey(schedule), segment, itemsize, reduce_rate)
@@ -175,6 +180,8 @@ class _Steps:
         """Let everything of a step happen."""
         if len(step.src):
             self._transfer(step)
+        if step.computes.operands:
+            raise UsageError("computations that read other ranges are followed with exact=True only")
         if len(step.computes.rank):
             self._compute(step.computes)
 

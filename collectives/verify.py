@@ -10,19 +10,19 @@ What is proven holds for every engine that keeps the rules of `collectives.sched
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from collectives.errors import ScheduleError
 from collectives.region import Ints, Ranges
-from collectives.schedule import Bools, Schedule, Step
+from collectives.schedule import Bools, Computes, Schedule, Step
 
 Bits = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
 
-REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce", "reshard"})
 """Kinds that end with the contributions of all holders of an element; other kinds end with that of one."""
 
 _TERMS = {
@@ -61,9 +61,13 @@ def verify(schedule: Schedule) -> None:
     _refuse_terms(cut)
     _refuse_hazards(cut)
     state = _State(cut)
-    for step in np.unique(np.concatenate([cut.transfers.step, cut.computes.step])).tolist():
+    derived = np.array([step for step, works in enumerate(cut.derived) if works], dtype=np.int64)
+    for step in np.unique(np.concatenate([cut.transfers.step, cut.computes.step, derived])).tolist():
+        found = [state.derive(step, work) for work in cut.derived[step]]
         state.transfer(cut.transfers.at(step))
         state.compute(cut.computes.at(step))
+        for work, (parts, value) in zip(cut.derived[step], found, strict=True):
+            state.parts[work.rank, work.writes], state.value[work.rank, work.writes] = parts, value
     state.conclude()
 
 
@@ -107,6 +111,22 @@ class _Rows:
         return self.where(slice(*np.searchsorted(self.step, (step, step + 1))))
 
 
+class _Derived(NamedTuple):
+    """A computation that sets cells from others."""
+
+    rank: int
+    kernel: int
+    reads: Ints
+    writes: Ints
+
+
+def _in_place(work: Computes) -> Bools:
+    """Which rows work in place."""
+    if not work.operands:
+        return np.ones(len(work.rank), np.bool_)
+    return np.array([not operands.reads for operands in work.operands], np.bool_)
+
+
 class _Cut:
     """A schedule with its rows cut into cells; cell `c` is `[bounds[c], bounds[c + 1])`."""
 
@@ -115,6 +135,7 @@ class _Cut:
         edges = [np.array([0, schedule.count])]
         for step in steps:
             edges += [step.start, step.stop, step.computes.start, step.computes.stop]
+            edges += [np.array(reads + writes, dtype=np.int64).ravel() for reads, writes in step.computes.operands]
         for rank in range(schedule.world):
             edges.append(np.array(schedule.held(rank) + schedule.wanted(rank), dtype=np.int64).ravel())
         self.schedule = schedule
@@ -122,15 +143,35 @@ class _Cut:
         self.cells = len(self.bounds) - 1
         self.held = self._mask(schedule.held)
         self.wanted = self._mask(schedule.wanted)
+        self.derived = [self._derived(step.computes) for step in steps]
+        """By step, the computations that set ranges from others; `computes` are those in place."""
         self.transfers = self._rows([(step.dst, step.src, step.start, step.stop, step.combine) for step in steps])
         self.computes = self._rows(
-            [(work.rank, work.kernel, work.start, work.stop, work.elementwise) for work in (s.computes for s in steps)]
+            [
+                tuple(values[at] for values in (work.rank, work.kernel, work.start, work.stop, work.elementwise))
+                for work, at in ((step.computes, _in_place(step.computes)) for step in steps)
+            ]
         )
 
     def fail(self, rank: int, cell: int, what: str) -> NoReturn:
         """Refuse the schedule because of what happens to a cell of a rank."""
         low, high = self.bounds[cell : cell + 2].tolist()
         raise ScheduleError(f"{_name(self.schedule)}: rank {rank}, range [{low}, {high}): {what}")
+
+    def _cells(self, ranges: Ranges) -> Ints:
+        """The numbers of the cells of ranges."""
+        spans = [np.arange(*np.searchsorted(self.bounds, span)) for span in ranges]
+        return np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)
+
+    def _derived(self, work: Computes) -> list["_Derived"]:
+        found = []
+        for row, (reads, writes) in enumerate(work.operands):
+            if reads:
+                span = int(work.start[row]), int(work.stop[row])
+                kernel = int(work.kernel[row])
+                cells = self._cells(reads), self._cells((span, *writes))
+                found.append(_Derived(int(work.rank[row]), kernel, *cells))
+        return found
 
     def _mask(self, ranges: Callable[[int], Ranges]) -> Bools:
         mask = np.zeros((self.schedule.world, self.cells), dtype=np.bool_)
@@ -182,13 +223,19 @@ def _refuse_hazards(cut: _Cut) -> None:
     written = key(moves.step, moves.rank, moves.cell)
     sent = key(moves.step, moves.other, moves.cell)
     copied, combined = written[~moves.combine], written[moves.combine]
-    computed = key(works.step, works.rank, works.cell)
+    computed, consulted = key(works.step, works.rank, works.cell), [np.zeros(0, np.int64)]
+    for step, derived in enumerate(cut.derived):
+        at = [(np.int64(step) * cut.schedule.world + work.rank) * cut.cells for work in derived]
+        computed = np.concatenate([computed, *(base + work.writes for base, work in zip(at, derived, strict=True))])
+        consulted += [base + np.setdiff1d(work.reads, work.writes) for base, work in zip(at, derived, strict=True)]
     refuse(_repeated(copied), "overwrites it with two copies")
     refuse(np.intersect1d(copied, combined), "overwrites it and reduces into it")
     refuse(np.intersect1d(copied, sent), "overwrites it and sends it, which may wait in a circle")
     refuse(_repeated(computed), "computes on it twice")
     refuse(np.intersect1d(computed, written), "computes on it and writes it")
     refuse(np.intersect1d(computed, sent), "computes on it and sends it")
+    refuse(np.intersect1d(np.concatenate(consulted), written), "reads it for a computation and overwrites it")
+    refuse(np.intersect1d(np.concatenate(consulted), computed), "reads it for a computation and computes on it")
 
 
 def _repeated(keys: Ints) -> Ints:
@@ -249,6 +296,17 @@ class _State:
         self.finished[target] |= finishing
         self.value[target] = _mix(self.value[target] ^ _mix(rows.other.astype(np.uint64)))
 
+    def derive(self, step: int, work: _Derived) -> tuple[Bits, np.uint64]:
+        """Find what a computation makes of what it reads: whose contributions are in it, and which expression it is."""
+        parts, value = self.parts[work.rank, work.reads], self.value[work.rank, work.reads]
+        undefined = np.flatnonzero(~_some(parts))
+        if len(undefined):
+            self.cut.fail(work.rank, int(work.reads[undefined[0]]), f"step {step} computes from what is undefined")
+        mixed = np.full(1, work.kernel, np.uint64)
+        for one in value:
+            mixed = _mix(_mix(mixed) ^ one)
+        return np.bitwise_or.reduce(parts, axis=0), mixed[0]
+
     def conclude(self) -> None:
         """Check what the ranks want at the end."""
         rank, cell = np.nonzero(self.cut.wanted)
@@ -259,7 +317,7 @@ class _State:
                 lacking = self._ranks(self.holders[cell[row]] & ~ends[row])
                 self.cut.fail(rank[row], cell[row], f"lacks the contributions of ranks {lacking} at the end")
             self._require_equal_bits()
-        else:
+        elif not any(self.cut.derived):  # what is computed from several is for its maker to prove
             for row in np.flatnonzero(_BITS[ends].sum(axis=1) > 1):
                 mixed = self._ranks(ends[row])
                 self.cut.fail(rank[row], cell[row], f"mixes the contributions of ranks {mixed} at the end")

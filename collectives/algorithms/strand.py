@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from collectives.algorithms.parts import Parts, Span
 from collectives.region import Ints, Ranges
-from collectives.schedule import Bools, Computes, Recv, Schedule, Send, Step, column
+from collectives.schedule import NO_OPERANDS, Bools, Computes, Operands, Recv, Schedule, Send, Step, column
 
 P = ParamSpec("P")
 Peers: TypeAlias = Callable[[Ints, Ints], Ints]
@@ -126,12 +126,12 @@ class Strands:
             for turn, peer, low, high in _rows(strand.moving(source, start, stop), turns, source, start, stop):
                 yield strand.steps[turn // strand.turns], Recv(peer, low, high, strand.combine)
 
-    def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool]]:
+    def computes(self, rank: int) -> Iterator[tuple[int, int, int, int, bool, Operands]]:
         """What the rank computes."""
         for finish in self.finishes:
             start, stop = (int(bound[0]) for bound in finish.span(np.array([rank])))
             if start < stop:
-                yield finish.step, 0, start, stop, True
+                yield finish.step, 0, start, stop, True, NO_OPERANDS
 
     def _finished(self, index: int) -> Computes:
         ranks = np.arange(self.world)
