@@ -43,6 +43,7 @@ from collectives.step import Step
 from collectives.subgroup import SubGroup, check_members, name_of
 from collectives.sync import SyncReport, sync
 from collectives.trace import Trace
+from collectives.transports.metered import Meter
 
 
 class Communicator(Collectives, PointToPoint):
@@ -206,6 +207,11 @@ class Communicator(Collectives, PointToPoint):
             return True
         decision = self._session.core.decision
         return decision is not None and any(i.founder for i in decision.members if i.member == self.member_id)
+
+    @property
+    def meter(self) -> Meter:
+        """Counts the bytes of payload that operations have sent from here, as exactly as schedules say them."""
+        return self._runner.meter
 
     def on_event(self, observer: Callable[[Event], None]) -> None:
         """Call `observer` with a dict when the membership changes: fenced, epoch, ready, recovered, evicted.

@@ -32,6 +32,7 @@ from collectives.state import state_hash
 from collectives.trace import Trace, profiled
 from collectives.transports.alone import NoTransport
 from collectives.transports.base import Transport, channel_of
+from collectives.transports.metered import Meter, MeteredTransport
 from collectives.transports.part import PartTransport
 
 MOST_VIEWS = 256
@@ -45,6 +46,8 @@ class Runner(ABC):
     """
 
     trace: Trace | None = None
+    meter: Meter
+    """Counts what operations send."""
     arrangement: Arrangement | None = None
     """How members are arranged, where that was found out; set while no operation is under way, on all members alike."""
 
@@ -66,6 +69,7 @@ class Alone(Runner):
     """One member, no network."""
 
     def __init__(self) -> None:
+        self.meter = Meter()
         self._view = View(1, (1,), 0)
         self._pool = StagingPool()
         self._engine = Engine(self._pool)
@@ -112,6 +116,7 @@ class Group(Runner):
     def __init__(
         self, session: Session, epochs: Epochs, check_inputs: bool, on_recovered: Callable[[int], None]
     ) -> None:
+        self.meter = Meter()
         self._session = session
         self._epochs = epochs
         self._check_inputs = check_inputs
@@ -267,7 +272,7 @@ class Group(Runner):
 
         self._engine.run(
             plan.schedule,
-            transport,
+            MeteredTransport(transport, self.meter, view.members),
             channel,
             plan.source,
             attempt.staging,

@@ -19,7 +19,7 @@ from itertools import product
 import numpy as np
 
 from collectives.region import Ints, split
-from parallel.cells import cells, transfers
+from parallel.cells import cells, reduction, transfers
 from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Placement, Split
 
 LOCAL = frozenset({"none", "local"})
@@ -73,6 +73,7 @@ def boxing(a: Layout, b: Layout, shape: tuple[int, ...]) -> Boxing:
     """
     a.check(shape)
     b.check(shape)
+    reduction(a, b)
     if a == b:
         return Boxing("none", (), 0, 0)
     if a.mesh != b.mesh or Flat() in a.placements + b.placements:

@@ -16,6 +16,7 @@ from collectives.operations import (
     Broadcast,
     Exchange,
     Gather,
+    Redistribute,
     Scatter,
 )
 from collectives.outcome import Outcome, Work
@@ -194,4 +195,46 @@ class Movements(Caller):
         A loss before it is complete is `MemberLost` on every survivor, with the buffer untouched.
         """
         call = Exchange(tensor=tensor, given=schedule, op=op, kernels=kernels or {}, **self._common(how))
+        return self._issue(call, async_op)
+
+    @overload
+    def redistribute(
+        self,
+        schedule: Schedule,
+        tensor: Tensor,
+        *,
+        op: str = ...,
+        kernels: Mapping[str, Callable[..., object]] | None = ...,
+        async_op: Blocking = ...,
+        **how: Unpack[How],
+    ) -> Outcome: ...
+    @overload
+    def redistribute(
+        self,
+        schedule: Schedule,
+        tensor: Tensor,
+        *,
+        op: str = ...,
+        kernels: Mapping[str, Callable[..., object]] | None = ...,
+        async_op: Queued,
+        **how: Unpack[How],
+    ) -> Work: ...
+    def redistribute(
+        self,
+        schedule: Schedule,
+        tensor: Tensor,
+        *,
+        op: str = "sum",
+        kernels: Mapping[str, Callable[..., object]] | None = None,
+        async_op: bool = False,
+        **how: Unpack[How],
+    ) -> Outcome | Work:
+        """Run any schedule for this world on the elements that this rank holds, without a buffer of all of them.
+
+        `tensor` has the elements of `schedule.held(rank)`, in order; the result is a new flat tensor of those of
+        `schedule.wanted(rank)`. All ranks give the same dtype, also those that hold nothing. `kernels` are by name
+        what the schedule computes with; they may run again for another attempt. A loss before it is complete is
+        `MemberLost` on every survivor.
+        """
+        call = Redistribute(tensor=tensor, given=schedule, op=op, kernels=kernels or {}, **self._common(how))
         return self._issue(call, async_op)

@@ -5,7 +5,7 @@
 
 from collectives.operations.base import Call, Operation, Plan, View
 from collectives.operations.coalesced import AllGatherCoalesced, AllReduceCoalesced, ReduceScatterCoalesced
-from collectives.operations.exchanges import AllToAll, Exchange
+from collectives.operations.exchanges import AllToAll, Exchange, Redistribute
 from collectives.operations.gathers import AllGather, Gather
 from collectives.operations.reductions import AllReduce, Reduce, ReduceScatter, ReduceScatterV
 from collectives.operations.rooted import Barrier, Broadcast, Scatter
@@ -28,6 +28,7 @@ __all__ = [
     "Gather",
     "Operation",
     "Plan",
+    "Redistribute",
     "Reduce",
     "ReduceScatter",
     "ReduceScatterCoalesced",

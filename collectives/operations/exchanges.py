@@ -11,7 +11,7 @@ from torch import Tensor
 from collectives.errors import UsageError
 from collectives.instructions import Kernel
 from collectives.operations.base import Operation, Plan, View
-from collectives.operations.tensors import check_rows, handed_over, row_size
+from collectives.operations.tensors import check_rows, flat, handed_over, row_size
 from collectives.reduction import ReduceOp
 from collectives.schedule import Schedule
 from collectives.staging import copy_out
@@ -120,3 +120,36 @@ class Exchange(Operation):
             raise UsageError(f"run: the schedule needs a flat contiguous buffer of {count} elements, not shape {shape}")
         if self.given.world != self.view.size:
             raise UsageError(f"run: a schedule for a world of {self.given.world}, but there are {self.view.size}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Redistribute(Exchange):
+    """Runs a given schedule on the ranges that this rank holds, and gives those that it wants as a new tensor."""
+
+    kind: ClassVar[str] = "redistribute"
+
+    @property
+    def writes(self) -> Sequence[Tensor]:
+        """Nothing of the caller's."""
+        return ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the work buffer: ranks hold and want different parts of it."""
+        return (self.given.count,)
+
+    def source(self, view: View) -> Tensor:
+        """The held ranges, one behind the other."""
+        return flat(self.input)
+
+    def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor:
+        """Hand over the staging."""
+        return handed_over(pieces, self.tensor.dtype)
+
+    def _check(self) -> None:
+        rank, size = self.view.rank, self.view.size
+        if self.given.world != size:
+            raise UsageError(f"redistribute: a schedule for a world of {self.given.world}, but there are {size}")
+        held = sum(stop - start for start, stop in self.given.held(rank))
+        if self.tensor.numel() != held:
+            raise UsageError(f"redistribute: rank {rank} holds {held} elements, not {self.tensor.numel()}")

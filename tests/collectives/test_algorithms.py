@@ -6,10 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from collectives import choice
@@ -17,10 +15,8 @@ from collectives.algorithms import bidirectional, dissemination, doubling, ring
 from collectives.region import split
 from collectives.schedule import Compute, Recv, Schedule, Send
 from collectives.verify import REDUCING
+from tests.collectives.lockstep import Buffers, finished, lockstep
 from tests.collectives.schedules import PLAIN, VARIED
-
-Buffers = npt.NDArray[Any]
-"""Shape (world, count)."""
 
 REDUCTIONS = {name: make for name, make in {**PLAIN, **VARIED}.items() if make(1, 1).kind in REDUCING}
 MOVES = {name: make for name, make in {**PLAIN, **VARIED}.items() if name not in REDUCTIONS}
@@ -29,26 +25,6 @@ WORLDS = [1, 2, 3, 4, 5, 7, 8, 13]
 
 def counts(world: int) -> list[int]:
     return sorted({0, 1, world - 1, world, 53})
-
-
-def finished(values: Buffers) -> Buffers:
-    """Stands for the kernel "finish"; doing it twice, or not at all, shows."""
-    return values * 3 + 1
-
-
-def lockstep(schedule: Schedule, buffers: Buffers) -> Buffers:
-    """Run the schedule step by step on all ranks; returns new buffers."""
-    after = buffers.copy()
-    for index in range(len(schedule)):
-        before, step = after.copy(), schedule.step(index)
-        columns = (step.src, step.dst, step.start, step.stop, step.combine)
-        for src, dst, start, stop, combine in zip(*(values.tolist() for values in columns), strict=True):
-            data = before[src, start:stop]
-            after[dst, start:stop] = after[dst, start:stop] + data if combine else data
-        work = step.computes
-        for rank, start, stop in zip(work.rank.tolist(), work.start.tolist(), work.stop.tolist(), strict=True):
-            after[rank, start:stop] = finished(before[rank, start:stop])
-    return after
 
 
 def started(schedule: Schedule, values: Buffers, undefined: float) -> Buffers:
