@@ -5,45 +5,27 @@ their command runs.
 """
 
 import sys
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
 import click
 
 from launch import console
+from launch.lazy import LazyGroup
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("launch.train:command", "Train a small language model with peers that come and go."),
     "demo": ("launch.demo:command", "Kill, stop and add peers in a minute's training, and prove the result."),
     "bench": ("launch.bench:command", "Measure the collectives against gloo and MPI, and check their values."),
     "simulate": ("launch.simulate:command", "Time a collective on a network that is described in a file."),
+    "predict": ("launch.predict:command", "Predict a transformer's training step on a cluster, on paper."),
+    "ckpt": ("launch.ckpt:command", "Look at checkpoints, prove them, tidy them, convert them."),
+    "churn": ("launch.churn:command", "Strike the processes of a run by a seeded plan, and check every result."),
     "trace": ("launch.trace:command", "Join the traces of a run's members in one file."),
     "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),
     "doctor": ("launch.doctor:command", "Check what works on this machine, or look into a running job."),
 }
 """Name of each subcommand: where it is, and its line in the help."""
-
-
-class LazyGroup(click.Group):
-    """A group whose subcommands are imported when they are needed."""
-
-    def list_commands(self, _ctx: click.Context) -> list[str]:
-        """Return the names, in the order of the help."""
-        return list(COMMANDS)
-
-    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a subcommand."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, name = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), name)
-        return command
-
-    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of subcommands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> Any:
@@ -53,7 +35,11 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 
 
 @click.command(
-    cls=LazyGroup, no_args_is_help=False, invoke_without_command=True, context_settings={"max_content_width": 100}
+    cls=LazyGroup,
+    table=COMMANDS,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    context_settings={"max_content_width": 100},
 )
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."

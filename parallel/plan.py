@@ -1,8 +1,8 @@
 """A plan: where every tensor of a training step lives, and what is communicated because of it.
 
-`parallel.planner` makes it, the executor runs it, `ringhold plan` prints it. It says of each node in which placements it
-takes its inputs and makes its outputs; where a value is made in other placements than it is wanted in, it is resharded,
-once for each placement in which it is wanted, however many nodes take it so.
+`parallel.planner` makes it, the executor runs it, `ringhold plan` prints it. It says of each node in which placements
+it takes its inputs and makes its outputs; where a value is made in other placements than it is wanted in, it is
+resharded, once for each placement in which it is wanted, however many nodes take it so.
 """
 
 from collections.abc import Iterator
