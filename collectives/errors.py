@@ -27,6 +27,10 @@ class Unsupported(UsageError):
     """This machine, library or launcher lacks what was asked for."""
 
 
+class SpawnFailed(RingholdError):
+    """New ranks of an MPI job could not be started; the members go on without them."""
+
+
 class UnsupportedTensor(UsageError):
     """A tensor has a device, layout or dtype that the operation cannot take."""
 
