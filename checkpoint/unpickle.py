@@ -1,8 +1,9 @@
 """Reading pickles of other people's checkpoints without executing anything.
 
 A pickle names functions and classes to call. Here a name is looked up in a table of stand-ins that only record what
-they were given; a name that is not in it is refused, and nothing is ever imported. Enumerations, namespaces and settings of
-the training libraries become `Opaque` records, so that a checkpoint reads without the library that wrote it.
+they were given; a name that is not in it is refused, and nothing is ever imported. Enumerations, namespaces and
+settings of the training libraries become `Opaque` records, so that a checkpoint reads without the library that wrote
+it.
 """
 
 import collections
@@ -196,7 +197,8 @@ _FUNCTIONS: dict[tuple[str, str], Any] = {
 
 _STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
     "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128", "UntypedStorage": "U8",
 }  # fmt: skip
 
