@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from benchmarks.crew import Crew, Message, Peer
 from benchmarks.figures import spread, table, write_json
 from benchmarks.kills_audit import Audit
 from benchmarks.kills_peer import ACTIVE, AIM, AIM_DELAY, AIM_SIGNAL, ENTERED, LEAVE, LEFT, STRUCK, check_members
-from benchmarks.strike import Strike
 from collectives import faults
+from launch.churn_strike import Strike
+from launch.crew import Crew, Message, Peer
 
 KILLS_OF_A_GROUP = 25
 HANG_SECONDS = 20.0

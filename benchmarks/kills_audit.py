@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from benchmarks.crew import Message, Peer
-from benchmarks.strike import Strike
+from launch.churn_strike import Strike
+from launch.crew import Message, Peer
 
 RSS_LIMIT = 160 << 20
 """Bytes by which a member may have grown when it has left: ten times the largest tensor, whatever it lived through."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.contributions import DTYPES, LARGEST, Contributions, shape_of
-from benchmarks.crew import Desk, usage
 from collectives import faults, rawbytes
 from collectives.communicator import Communicator
 from collectives.errors import Evicted
 from collectives.hashing import digest
+from launch.crew import Desk, usage
 
 ENTERED, LEFT, ACTIVE, AIM, AIM_SIGNAL, AIM_DELAY, STRUCK, LEAVE = range(8)
 """Words: numbers of operations; a count that moves while the peer does; 1 + number of the fault point to strike at,

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.crew import Crew, Desk
 from benchmarks.figures import table, write_json
 from collectives import choice
 from collectives.communicator import Communicator
@@ -32,6 +31,7 @@ from collectives.schedule import Schedule, Step
 from collectives.simulate import simulate
 from collectives.topology import Link, flat
 from collectives.transports.sockets import FAR_SEGMENT_BYTES
+from launch.crew import Crew, Desk
 from launch.network import Network
 
 TRANSPORTS = ("sockets", "gloo")

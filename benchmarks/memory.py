@@ -17,9 +17,9 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.crew import Crew, Desk, Message
 from benchmarks.figures import table, write_json
 from collectives.errors import RingholdError
+from launch.crew import Crew, Desk, Message
 
 LIMIT = 2.0
 SLACK = 24 << 20

@@ -16,10 +16,10 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.crew import Crew, Desk, Message
 from benchmarks.figures import table, write_json
 from collectives import quantize, reproducible
 from collectives.errors import RingholdError
+from launch.crew import Crew, Desk, Message
 
 PATIENCE = 120.0
 _MIB = 1 << 20

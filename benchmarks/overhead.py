@@ -16,8 +16,6 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from benchmarks import crew as crews
-from benchmarks.crew import Crew, Desk
 from benchmarks.figures import table
 from collectives import choice
 from collectives.communicator import Communicator
@@ -27,7 +25,9 @@ from collectives.membership.protocol import Message
 from collectives.membership.wire import Channel
 from collectives.staging import StagingPool, copy_out
 from collectives.transports.base import Transport, channel_of
+from launch import crew as crews
 from launch.bench_request import parse_size
+from launch.crew import Crew, Desk
 
 FORMS = ("engine", "headers", "confirm", "copy out", "communicator")
 _HEADER = bytes(128)

@@ -19,11 +19,11 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.crew import Crew, Desk, Peer
 from benchmarks.figures import spread, table, write_json
-from benchmarks.strike import STAGES, Strike
 from collectives.communicator import Communicator
 from collectives.errors import RingholdError
+from launch.churn_strike import STAGES, Strike
+from launch.crew import Crew, Desk, Peer
 
 ASKED = 0
 """The word that tells how many safe points an idle peer is asked to pass."""

@@ -4,6 +4,9 @@ The points an operation passes, in order: "enter" (nothing sent yet), "begin" (d
 "reduce" (once per segment that arrived, that was reduced), "end" (the result is whole), "staged" (and recorded as
 such), "confirmed" (complete here), "copied" (the caller's memory is written). The engine passes those from "begin" to
 "end". Nothing armed costs one look at an empty list per operation.
+
+And damage on the wire: `damage` has one bit of the next frame flipped, behind the computation of its checksum, as a
+faulty network would. Nothing armed costs one look at an empty list per frame.
 """
 
 import threading
@@ -25,10 +28,20 @@ class _Armed:
     skip: int
 
 
+@dataclass(slots=True)
+class _Damage:
+    what: str
+    place: float
+    action: Action
+    least: int
+
+
 _lock = threading.Lock()
 _armed: list[_Armed] = []
 observers: list[Action] = []
 """Called with the description of a point that is about to fire."""
+damages: "list[_Damage]" = []
+"""What waits for a frame to damage; empty but in tests and in the churn lab."""
 
 
 def arm(point: str, action: Action, kind: str = "all_reduce", skip: int = 0) -> None:
@@ -56,6 +69,33 @@ def disarm() -> int:
         count = len(_armed)
         _armed.clear()
     return count
+
+
+def damage(what: str, place: float, action: Action = lambda what: None, least: int = 0) -> None:
+    """Flip one bit of the next frame of a kind that this process sends; once.
+
+    Args:
+        what: "data", a frame between members, or "control", one to or from the coordinator.
+        place: of the byte in its frame, from 0 to 1.
+        action: called with `what` when it has been done.
+        least: let frames of fewer bytes go by.
+
+    """
+    with _lock:
+        damages.append(_Damage(what, place, action, least))
+
+
+def damaged(what: str, frame: bytes) -> bytes:
+    """Return what becomes of a frame that is about to be sent; called only where `damages` holds something."""
+    with _lock:
+        found = next((one for one in damages if one.what == what and len(frame) >= max(1, one.least)), None)
+        if found is None:
+            return frame
+        damages.remove(found)
+    spoilt = bytearray(frame)
+    spoilt[min(len(spoilt) - 1, int(found.place * len(spoilt)))] ^= 0x10
+    found.action(what)
+    return bytes(spoilt)
 
 
 def probe(kind: str, seq: int) -> Callable[[str], None] | None:

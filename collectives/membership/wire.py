@@ -13,6 +13,7 @@ import ssl
 from pathlib import Path
 from typing import TypeVar
 
+from collectives import faults
 from collectives.errors import JoinRefused, OptionError, ProtocolError, UsageError
 from collectives.membership.protocol import (
     MAX_FRAME,
@@ -90,7 +91,8 @@ class Channel:
         body = encode(message)
         mac = hmac.digest(self._send_key, self._sent.to_bytes(8) + body, "sha256")[:_MAC_BYTES]
         self._sent += 1
-        self.writer.write(len(body).to_bytes(4) + mac + body)
+        frame = len(body).to_bytes(4) + mac + body
+        self.writer.write(faults.damaged("control", frame) if faults.damages else frame)
 
     async def receive(self) -> bytes:
         """Wait for the next message.

@@ -1,13 +1,13 @@
 """A signal sent to a member of a crew, and how the survivors got over it, as they tell in their messages.
 
 Peers report "event" messages (`Desk.join`) and "op" messages with `done` (seconds since 1970), `contributors`,
-`attempts` and `from_staging` of each operation. Used by the benchmarks of kills and of recovery.
+`attempts` and `from_staging` of each operation. Used by `launch.churn_audit` and by the benchmark of recovery.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.crew import Message
+from launch.crew import Message
 
 STAGES = ("detected", "announced", "ready", "good")
 """Fenced the old epoch; learned of the new one; has its transport; returned from an operation that got over it."""
@@ -64,7 +64,7 @@ class Strike:
             case {"type": "event", "event": "ready", "epoch": epoch, "time": when} if peer in self._epochs:
                 if epoch >= self._epochs[peer]:
                     self.ready.setdefault(peer, when - self.time)
-            case {"type": "op", "contributors": contributors, "done": done} if done > self.time:
+            case {"type": "op", "contributors": contributors, "done": done} if contributors and done > self.time:
                 if self.member not in contributors:
                     self.run_again |= peer not in self.good and message["attempts"] > 1
                     self.good.setdefault(peer, done - self.time)

@@ -1,7 +1,7 @@
-"""A coordinator and peers as processes of their own, for benchmarks that kill, stop, admit and measure them.
+"""A coordinator and peers as processes of their own, for the churn lab and for benchmarks: they are killed and stopped.
 
 The main process imports torch once and forks; a peer is there within tens of milliseconds. Peers report small messages
-on a pipe (`Desk.report`), and share a page of words with the main process, which can be read when they are dead.
+on a pipe (`Desk.report`), and share a few words with the main process, which can be read when they are dead.
 """
 
 import faulthandler
@@ -38,7 +38,7 @@ Message = dict[str, Any]
 
 WORDS = 16
 """64-bit words that a peer shares with the main process."""
-_MAX_PEERS = 512
+_MAX_PEERS = 1 << 14
 _LONGEST = 4000
 """Bytes of a message: pipes take so many at once, so a process that is stopped or killed leaves no half of one."""
 _fork = multiprocessing.get_context("fork")
@@ -77,8 +77,9 @@ class Desk:
 class Peer:
     """A process of the crew, as the main process sees it."""
 
-    def __init__(self, name: int, process: Any, pipe: Connection, words: memoryview, log: Path) -> None:
+    def __init__(self, name: int, process: Any, pipe: Connection, words: memoryview, log: Path, host: int) -> None:
         self.name = name
+        self.host = host
         self.words = words
         self.log = log
         self.process = process
@@ -103,22 +104,29 @@ class Crew:
 
     Args:
         options: of the coordinator and of all members.
-        network: peers run on its hosts by turns, each listens on its host's address, the coordinator is on the hub.
+        network: peers run on its hosts, each on the one with the fewest, and listen on their host's address; the
+            coordinator is on the hub.
+        folder: where logs and the journal go; None: a temporary one.
 
     Make it in the main thread of a process that has no other: it forks.
 
     """
 
-    def __init__(self, options: Mapping[str, Any], network: Network | None = None) -> None:
+    def __init__(self, options: Mapping[str, Any], network: Network | None = None, folder: Path | None = None) -> None:
         self._options = Options.resolve(options)
         self._network = network
         self._run, self._token = f"bench-{secrets.token_hex(4)}", secrets.token_hex(16)
         self._memory = mmap.mmap(-1, _MAX_PEERS * WORDS * 8)
         self._all_words = memoryview(self._memory).cast("q")
-        self._folder = tempfile.TemporaryDirectory(prefix="ringhold-bench-")
-        self.folder = Path(self._folder.name)
+        self._folder = None if folder is not None else tempfile.TemporaryDirectory(prefix="ringhold-crew-")
+        self.folder = folder or Path(self._folder.name if self._folder is not None else "")
         self.peers: list[Peer] = []
-        self._coordinator, self._address = self._start_coordinator()
+        """All that were ever started, by name."""
+        self.living: dict[int, Peer] = {}
+        """Those whose end has not been received yet, by name."""
+        self._address = ""
+        self._port = 0
+        self.start_coordinator()
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -134,22 +142,30 @@ class Crew:
         words = self._all_words[name * WORDS : (name + 1) * WORDS]
         receive, send = _fork.Pipe(duplex=False)
         log = self.folder / f"peer-{name:03d}.log"
-        options, enter = self._options, None
+        options, enter, host = self._options, None, -1
         if self._network is not None:
-            host = name % self._network.size
+            taken = [peer.host for peer in self.living.values()]
+            host = min(range(self._network.size), key=taken.count)
             options = replace(options, listen=self._network.address(host))
             enter = partial(self._network.enter, host)
         desk = Desk(name, *self.place, options, words, send)
         process = _fork.Process(target=_run_peer, args=(desk, work, log, os.getpid(), enter), name=f"peer {name}")
         process.start()
         send.close()
-        peer = Peer(name, process, receive, words, log)
+        peer = Peer(name, process, receive, words, log, host)
         self.peers.append(peer)
+        self.living[name] = peer
         return peer
+
+    def signal_coordinator(self, number: signal.Signals) -> None:
+        """Send the coordinator a signal."""
+        if self.coordinator.is_alive():
+            assert self.coordinator.pid is not None
+            os.kill(self.coordinator.pid, number)
 
     def receive(self, timeout: float) -> list[tuple[Peer, Message]]:
         """Wait up to `timeout` seconds for messages and return those that are there; the last of a peer is "gone"."""
-        open_pipes: dict[Any, Peer] = {peer.pipe: peer for peer in self.peers if peer.pipe is not None}
+        open_pipes: dict[Any, Peer] = {peer.pipe: peer for peer in self.living.values()}
         messages = []
         for pipe in wait(list(open_pipes), timeout):
             peer = open_pipes[pipe]
@@ -160,6 +176,7 @@ class Crew:
             except (EOFError, OSError):
                 peer.pipe.close()
                 peer.pipe = None
+                del self.living[peer.name]
                 peer.process.join()
                 messages.append((peer, {"type": "gone", "time": time.time(), "code": peer.process.exitcode}))
         return messages
@@ -176,7 +193,7 @@ class Crew:
 
     def close(self) -> None:
         """End everything that is still there."""
-        for process in [peer.process for peer in self.peers] + [self._coordinator]:
+        for process in [*(peer.process for peer in self.living.values()), self.coordinator]:
             if process.is_alive():
                 process.kill()
             process.join()
@@ -186,7 +203,8 @@ class Crew:
             peer.words.release()
         self._all_words.release()
         self._memory.close()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -196,17 +214,23 @@ class Crew:
     ) -> None:
         self.close()
 
-    def _start_coordinator(self) -> tuple[Any, str]:
+    def start_coordinator(self) -> None:
+        """Start the coordinator; again, on the same journal and port, where the last one has ended.
+
+        Raises:
+            RingholdError: it does not listen within ten seconds.
+
+        """
         receive, send = _fork.Pipe(duplex=False)
-        process = _fork.Process(target=self._coordinate, args=(send, os.getpid()), name="coordinator")
-        process.start()
+        self.coordinator = _fork.Process(target=self._coordinate, args=(send, os.getpid()), name="coordinator")
+        self.coordinator.start()
         send.close()
         if not receive.poll(10.0):
-            process.kill()
+            self.coordinator.kill()
             raise RingholdError("the coordinator did not start within 10 s")
-        port = int(receive.recv_bytes())
+        self._port = int(receive.recv_bytes())
         receive.close()
-        return process, f"{self._listen}:{port}"
+        self._address = f"{self._listen}:{self._port}"
 
     @property
     def _listen(self) -> str:
@@ -218,12 +242,12 @@ class Crew:
             self._network.enter(None)
         run_coordinator(
             self._listen,
-            0,
+            self._port,
             self.folder / "journal",
             run=self._run,
             token=self._token.encode(),
             options=self._options,
-            new=True,
+            new=not self._port,
             ready=lambda port: ready.send_bytes(str(port).encode()),
         )
 
