@@ -4,7 +4,7 @@ All elements of a cell are held by the same ranks before and wanted by the same 
 follows from these two alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -62,19 +62,23 @@ def pieces(layout: Layout, shape: tuple[int, ...]) -> tuple[Piece, ...]:
 
 
 def cells(a: Layout, b: Layout, shape: tuple[int, ...]) -> Iterator[Cell]:
-    """The cells of two layouts: by the pieces of `a`, and for each by those of `b`.
+    """The cells of two layouts.
 
     Raises:
         UsageError: a layout does not suit the shape, or has partial values that combine in different ways.
 
     """
     reduction(a, b)
-    after = pieces(b, shape)
-    for before in pieces(a, shape):
+    return cells_of(pieces(a, shape), pieces(b, shape), shape, nearness(a, b))
+
+
+def cells_of(before: Iterable[Piece], after: Sequence[Piece], shape: tuple[int, ...], near: Nearness) -> Iterator[Cell]:
+    """The cells of what is held and what is wanted: by the pieces held, and for each by those wanted."""
+    for held in before:
         for wanted in after:
-            size = overlap(before.shard, wanted.shard, shape)
+            size = overlap(held.shard, wanted.shard, shape)
             if size:
-                yield Cell(before.shard, wanted.shard, size, _sums(before.terms, wanted.terms, nearness(a, b)))
+                yield Cell(held.shard, wanted.shard, size, _sums(held.terms, wanted.terms, near))
 
 
 def overlap(a: Shard, b: Shard, shape: tuple[int, ...]) -> int:

@@ -13,22 +13,25 @@ themselves, get the other terms, and send the sum to the others that want it. So
 the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain, groupby
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
-from collectives.region import Ranges, split
+from collectives.region import Ranges, Region, split
 from collectives.schedule import Schedule, Step
 from parallel.cells import Cell, Nearness, Ranks, Sum, cells, nearness, reduction
-from parallel.layout import Layout
+from parallel.layout import Layout, Shard
 from parallel.packing import Part, gather, joined, parts, scatter
 
-_Row = tuple[int, int, int, int, bool]
+_Row: TypeAlias = tuple[int, int, int, int, bool]
+_Places: TypeAlias = tuple[tuple[Shard, tuple[Part, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +57,87 @@ class Flow:
 
 
 @dataclass(frozen=True, eq=False)
-class Reshard:
-    """A change of layout of tensors of one shape. Make one with `reshard`.
+class Change:
+    """How tensors of one shape come to a layout from wherever they are.
 
     Attributes:
-        before, after: the layouts; their ranks are those of the communicator.
+        after: the layout; its ranks are those of the communicator.
         shape: of the whole tensor.
+        flows: what goes where.
         schedule: what is sent; its work buffer has the flows one behind the other.
         op: how terms combine.
         terms: by how many an average is to be divided; else 1.
 
     """
 
-    before: Layout
     after: Layout
     shape: tuple[int, ...]
-    schedule: Schedule = field(repr=False)
-    op: str
-    terms: int
     flows: tuple[Flow, ...] = field(repr=False)
-    _places: dict[tuple[int, bool], tuple[Part, ...]] = field(default_factory=dict, init=False, repr=False)
+    schedule: Schedule = field(repr=False)
+    op: str = "sum"
+    terms: int = 1
+    _sources: dict[int, tuple[tuple[Shard, tuple[Part, ...]], ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _targets: dict[int, tuple[Part, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def local(self) -> bool:
         """Whether nothing is sent."""
         return not len(self.schedule)
 
-    @cached_property
-    def elements(self) -> int:
-        """Elements that all ranks send together."""
-        steps = map(self.schedule.step, range(len(self.schedule)))
-        return sum(int((step.stop - step.start).sum()) for step in steps)
+    def move(self, comm: Communicator, held: Mapping[Shard, Tensor], dtype: torch.dtype) -> Tensor:
+        """Bring a tensor to `after`; every rank of the communicator calls it, with the shards that it holds.
+
+        See `Reshard.run`. `dtype` is that of all shards.
+        """
+        values = self.source(comm.rank, held, dtype)
+        if not self.local:
+            outcome = comm.redistribute(self.schedule, values, op="sum" if self.op == "avg" else self.op)
+            assert outcome.result is not None
+            values = outcome.result
+        return self.result(comm.rank, values)
+
+    def source(self, rank: int, held: Mapping[Shard, Tensor], dtype: torch.dtype) -> Tensor:
+        """What a rank gives to the schedule, flat: the elements of the ranges that it holds, in order."""
+        found = [gather(held[shard].detach(), places) for shard, places in self._source_parts(rank)]
+        return found[0] if len(found) == 1 else torch.cat([*found, torch.empty(0, dtype=dtype)])
+
+    def result(self, rank: int, values: Tensor) -> Tensor:
+        """A rank's shard, made of the elements of the ranges that it wants, flat and in order."""
+        if self.terms > 1:
+            values = values / self.terms
+        shape = self.after.shard(self.shape, rank).shape if rank in self.after.mesh.ranks else (0,)
+        return scatter(values, self._target_parts(rank), shape, identity(self.op, values.dtype))
+
+    def _source_parts(self, rank: int) -> _Places:
+        known = self._sources.get(rank)
+        if known is None:
+            mine = [flow for flow in self.flows if rank in flow.terms]
+            known = self._sources[rank] = tuple(
+                (shard, joined(chain.from_iterable(self._places(flow, shard) for flow in flows)))
+                for shard, flows in groupby(mine, key=lambda flow: flow.cell.before)
+            )
+        return known
+
+    def _target_parts(self, rank: int) -> tuple[Part, ...]:
+        known = self._targets.get(rank)
+        if known is None:
+            mine = [flow for flow in self.flows if rank in flow.wanted]
+            places = chain.from_iterable(self._places(flow, flow.cell.after) for flow in mine)
+            known = self._targets[rank] = joined(places)
+        return known
+
+    def _places(self, flow: Flow, shard: Shard) -> tuple[Part, ...]:
+        other = flow.cell.after if shard is flow.cell.before else flow.cell.before
+        return parts(shard, other, self.shape, flow.start, flow.stop)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reshard(Change):
+    """A change of layout of tensors of one shape, from `before`. Make one with `reshard`."""
+
+    before: Layout
 
     def run(self, comm: Communicator, shard: Tensor) -> Tensor:
         """Bring a tensor from `before` to `after`; every rank of the communicator calls it.
@@ -102,41 +155,20 @@ class Reshard:
             MemberLost: as for `Communicator.redistribute`.
 
         """
-        rank = comm.rank
-        held = self.source(rank, shard)
-        if not self.local:
-            outcome = comm.redistribute(self.schedule, held, op="sum" if self.op == "avg" else self.op)
-            assert outcome.result is not None
-            held = outcome.result
-        return self.result(rank, held)
+        return self.move(comm, self.held(comm.rank, shard), shard.dtype)
 
-    def source(self, rank: int, shard: Tensor) -> Tensor:
-        """What a rank gives to the schedule, flat: the elements of the ranges that it holds, in order."""
-        expected = _shape(self.before, self.shape, rank)
-        if tuple(shard.shape) != expected:
+    def held(self, rank: int, tensor: Tensor) -> dict[Shard, Tensor]:
+        """What a rank holds, for `move`. Raises `LayoutMismatch` if it has another shape."""
+        shard = self.before.shard(self.shape, rank) if rank in self.before.mesh.ranks else _NOTHING
+        if tuple(tensor.shape) != shard.shape:
             raise LayoutMismatch(
-                f"rank {rank} holds a shard of shape {list(expected)} of a tensor of shape {list(self.shape)} that "
-                f"lives on {self.before}; this one is {list(shard.shape)}"
+                f"rank {rank} holds a shard of shape {list(shard.shape)} of a tensor of shape {list(self.shape)} that "
+                f"lives on {self.before}; this one is {list(tensor.shape)}"
             )
-        return gather(shard.detach(), self._parts(rank, False))
+        return {shard: tensor}
 
-    def result(self, rank: int, values: Tensor) -> Tensor:
-        """A rank's shard, made of the elements of the ranges that it wants, flat and in order."""
-        if self.terms > 1:
-            values = values / self.terms
-        shape = _shape(self.after, self.shape, rank)
-        return scatter(values, self._parts(rank, True), shape, identity(self.op, values.dtype))
 
-    def _parts(self, rank: int, after: bool) -> tuple[Part, ...]:
-        known = self._places.get((rank, after))
-        if known is None:
-            found = list[Part]()
-            for flow in self.flows:
-                if rank in (flow.wanted if after else flow.terms):
-                    mine, other = (flow.cell.after, flow.cell.before)[:: 1 if after else -1]
-                    found += parts(mine, other, self.shape, flow.start, flow.stop)
-            known = self._places[rank, after] = joined(found)
-        return known
+_NOTHING = Shard.of(Region.flat(0, 0))
 
 
 @lru_cache(maxsize=4096)
@@ -157,13 +189,14 @@ def reshard(before: Layout, after: Layout, shape: tuple[int, ...], world: int = 
     needed = 1 + max(before.mesh.ranks + after.mesh.ranks)
     if world and world < needed:
         raise UsageError(f"the layouts {before} and {after} name rank {needed - 1}, which a world of {world} lacks")
-    near = nearness(before, after)
-    flows = tuple(
-        flow for cell in cells(before, after, shape) for value in cell.sums for flow in _flows(cell, value, near)
-    )
+    flows = flows_of(cells(before, after, shape), nearness(before, after))
     terms = max((len(value.terms) for flow in flows for value in flow.cell.sums), default=1) if op == "avg" else 1
-    schedule = _schedule(flows, world or needed)
-    return Reshard(before, after, shape, schedule, op, terms, flows)
+    return Reshard(after, shape, flows, schedule_of(flows, world or needed), op, terms, before=before)
+
+
+def flows_of(made: Iterable[Cell], near: Nearness) -> tuple[Flow, ...]:
+    """What goes where, for these cells."""
+    return tuple(flow for cell in made for value in cell.sums for flow in _flows(cell, value, near))
 
 
 def identity(op: str, dtype: torch.dtype) -> float:
@@ -176,10 +209,6 @@ def identity(op: str, dtype: torch.dtype) -> float:
         return float("inf") if op == "min" else -float("inf")
     limits = torch.iinfo(dtype)
     return limits.max if op == "min" else limits.min
-
-
-def _shape(layout: Layout, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return layout.shard(shape, rank).shape if rank in layout.mesh.ranks else (0,)
 
 
 def _flows(cell: Cell, value: Sum, near: Nearness) -> Iterator[Flow]:
@@ -208,7 +237,7 @@ def _nearest(ranks: Ranks, other: int, number: int, near: Nearness) -> int:
     return nearest[number % len(nearest)]
 
 
-def _schedule(flows: tuple[Flow, ...], world: int) -> Schedule:
+def schedule_of(flows: tuple[Flow, ...], world: int) -> Schedule:
     """One step for what comes from those that hold it, and one for sums that others want too."""
     first, second = list[_Row](), list[_Row]()
     held, wanted = [list[tuple[int, int]]() for _ in range(world)], [list[tuple[int, int]]() for _ in range(world)]

@@ -28,7 +28,7 @@ def performed(change: Reshard, shards: dict[int, Tensor]) -> dict[int, Tensor]:
     nothing = torch.empty(0, dtype=torch.float64)
     buffers = np.full((schedule.world, schedule.count), np.nan)
     for rank in range(schedule.world):
-        given, at = change.source(rank, shards.get(rank, nothing)).numpy(), 0
+        given, at = change.source(rank, change.held(rank, shards.get(rank, nothing)), torch.float64).numpy(), 0
         for start, stop in schedule.held(rank):
             buffers[rank, start:stop] = given[at : at + stop - start]
             at += stop - start
@@ -86,7 +86,8 @@ def test_other_reductions_combine_and_fill_with_what_changes_nothing(op: str) ->
         return
     change = reshard(Layout(mesh, (Split(0),)), partial, (2,))
     assert change.local
-    spread = torch.stack([change.result(rank, change.source(rank, torch.ones(int(rank < 2)))) for rank in range(3)])
+    ones = [change.held(rank, torch.ones(int(rank < 2))) for rank in range(3)]
+    spread = torch.stack([change.result(r, change.source(r, held, torch.float32)) for r, held in enumerate(ones)])
     combined = {"min": spread.amin(0), "max": spread.amax(0), "prod": spread.prod(0)}[op]
     assert combined.tolist() == [1.0, 1.0]
 
@@ -105,7 +106,7 @@ def test_real_processes_send_what_the_formula_says(transport: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     split, whole = Layout(Mesh.of(x=2), (Split(0),)), Layout(Mesh.of(x=2), (B,))
     with pytest.raises(LayoutMismatch, match=r"rank 0 holds a shard of shape \[3, 2\].*this one is \[2, 2\]"):
-        reshard(split, whole, (6, 2)).source(0, torch.zeros(2, 2))
+        reshard(split, whole, (6, 2)).held(0, torch.zeros(2, 2))
     with pytest.raises(UsageError, match="name rank 1, which a world of 1 lacks"):
         reshard(split, whole, (6, 2), world=1)
     with pytest.raises(UsageError, match="world of 2, but there are 1"):
@@ -115,6 +116,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_nothing_is_copied_where_memory_is_as_it_should_be() -> None:
     mesh, shard = Mesh.of(x=2), torch.arange(12.0).view(3, 4)
     for before, after in (((P,), (B,)), ((P,), (Split(0),)), ((Split(0),), (B,)), ((P,), (Flat(),))):
-        source = reshard(Layout(mesh, before), Layout(mesh, after), (3 if before == (P,) else 6, 4)).source(0, shard)
+        change = reshard(Layout(mesh, before), Layout(mesh, after), (3 if before == (P,) else 6, 4))
+        source = change.source(0, change.held(0, shard), shard.dtype)
         assert source.data_ptr() == shard.data_ptr()
         assert source.tolist() == shard.flatten().tolist()
