@@ -193,6 +193,18 @@ class Shard:
         """Shape of the tensor that holds it: the box's, or one dimension where it was cut flat."""
         return self.box.shape if self.whole else (self.size,)
 
+    def boxes(self) -> tuple[tuple[Region, int], ...]:
+        """The boxes of the whole tensor that it consists of, and where each begins in the memory that holds the shard.
+
+        One, unless it was cut flat: then at most twice the number of dimensions less one, the first and last of them
+        rows that are not whole. Each is one run of the shard's memory. An empty shard has none.
+        """
+        if self.size == 0:
+            return ()
+        found: list[tuple[Region, int]] = []
+        _cut(self.box, (), self.start, self.stop, found)
+        return tuple(found)
+
     def runs(self, shape: tuple[int, ...]) -> Ranges:
         """The ranges of the flattened whole tensor that it holds, in the order in which it holds them."""
         runs = self.box.runs(shape)
@@ -328,6 +340,36 @@ def _part(count: int, parts: int, index: int) -> Range:
     """Part `index` of `split(count, parts)`."""
     start, stop = chunk(count, parts, np.array(index))
     return int(start), int(stop)
+
+
+def _cut(box: Region, fixed: tuple[int, ...], start: int, stop: int, found: list[tuple[Region, int]]) -> None:
+    """Add the boxes of elements `[start, stop)` of `box` in which the first dimensions are `fixed`."""
+    dim = len(fixed)
+    rest = box.shape[dim:]
+    if (start, stop) == (0, math.prod(rest)):
+        after = tuple(index + 1 for index in fixed)
+        _join(found, Region(fixed + box.start[dim:], after + box.stop[dim:]))
+        return
+    row = math.prod(rest[1:])
+    first, last = -(-start // row), stop // row
+    base = box.start[dim]
+    if first > last:  # within one row
+        _cut(box, (*fixed, base + last), start - last * row, stop - last * row, found)
+        return
+    if start < first * row:
+        _cut(box, (*fixed, base + first - 1), start - (first - 1) * row, row, found)
+    if first < last:
+        inner = Region(
+            (*fixed, base + first, *box.start[dim + 1 :]), (*(i + 1 for i in fixed), base + last, *box.stop[dim + 1 :])
+        )
+        _join(found, inner)
+    if last * row < stop:
+        _cut(box, (*fixed, base + last), 0, stop - last * row, found)
+
+
+def _join(found: list[tuple[Region, int]], box: Region) -> None:
+    """Add a box, which lies behind the others in memory."""
+    found.append((box, found[-1][1] + found[-1][0].size if found else 0))
 
 
 def shared(a: Ranges, b: Ranges) -> tuple[tuple[int, int, int], ...]:
