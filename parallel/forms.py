@@ -6,110 +6,14 @@ every matrix product is an `einsum`; pieces of tensors are `slice`, joined by `c
 are counted from the front.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from parallel.graph import Node, Phase, Value
-
-Made = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of an output."""
-
-
-class Writer:
-    """Appends nodes, in the phase and module that are set."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self.phase = Phase.FORWARD
-        self.module = ""
-        self._makers: dict[str, Node] = {}
-        self._counts: dict[str, int] = {}
-        self._once: dict[tuple[Any, ...], Value] = {}
-
-    def _add(
-        self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any], made: Sequence[Made], places: tuple[int, ...]
-    ) -> tuple[Value, ...]:
-        short = op.split(".")[1].strip("_")
-        count = self._counts[short] = self._counts.get(short, -1) + 1
-        title = f"{short}_{count}" if count else short
-        values = tuple(Value(f"{title}.{at}" if places else title, *what) for at, what in enumerate(made))
-        node = Node(title, op, tuple(args), tuple(kwargs.items()), values, places, self.phase, self.module)
-        self.nodes.append(node)
-        self._makers.update((value.name, node) for value in values)
-        return values
-
-    def like(self, op: str, fake: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Add a node whose results are like `fake`; return its value, or a list of them (None where it gives none)."""
-        if isinstance(fake, Tensor):
-            return self._add(op, args, kwargs, [(tuple(fake.shape), fake.dtype)], ())[0]
-        places = tuple(at for at, part in enumerate(fake) if isinstance(part, Tensor))
-        values = self._add(op, args, kwargs, [(tuple(fake[at].shape), fake[at].dtype) for at in places], places)
-        by_place = dict(zip(places, values, strict=True))
-        return [by_place.get(at) for at in range(len(fake))]
-
-    def op(self, name: str, made: Made, *args: Any, **kwargs: Any) -> Value:
-        """Add a node with one output, unless there is the same already."""
-        key = (name, args, tuple(kwargs.items()))
-        if key not in self._once:
-            self._once[key] = self._add(name, args, kwargs, [made], ())[0]
-        return self._once[key]
-
-    def _through(self, value: Value, op: str) -> tuple[Value, tuple[int, ...]] | None:
-        """Operand and second argument of the node that makes `value`, if it is of this kind."""
-        maker = self._makers.get(value.name)
-        if maker is None or maker.op != op:
-            return None
-        operand, rest = maker.args
-        assert isinstance(operand, Value) and isinstance(rest, tuple)
-        return operand, tuple(int(part) for part in rest if isinstance(part, int))
-
-    def view(self, x: Value, shape: Sequence[int]) -> Value:
-        """The elements in the same order, in another shape."""
-        if before := self._through(x, VIEW):
-            x = before[0]
-        return x if x.shape == tuple(shape) else self.op(VIEW, (tuple(shape), x.dtype), x, tuple(shape))
-
-    def permute(self, x: Value, dims: Sequence[int]) -> Value:
-        """Dimension `i` of the result is dimension `dims[i]` of `x`."""
-        if before := self._through(x, PERMUTE):
-            x, dims = before[0], [before[1][d] for d in dims]
-        if list(dims) == sorted(dims):
-            return x
-        return self.op(PERMUTE, (tuple(x.shape[d] for d in dims), x.dtype), x, tuple(dims))
-
-    def expand(self, x: Value, shape: Sequence[int]) -> Value:
-        """Repeat dimensions of size 1."""
-        shape = tuple(shape)
-        return x if x.shape == shape else self.op("aten.expand.default", (shape, x.dtype), x, shape)
-
-    def slice(self, x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
-        """Elements `start`, `start + step`... before `stop` of a dimension."""
-        size = x.shape[dim]
-        start, stop, step = slice(start, stop, step).indices(size)
-        stop = max(start, stop)
-        if (start, stop, step) == (0, size, 1):
-            return x
-        shape = (*x.shape[:dim], -((start - stop) // step), *x.shape[dim + 1 :])
-        return self.op("aten.slice.Tensor", (shape, x.dtype), x, dim, start, stop, step)
-
-    def einsum(self, equation: str, a: Value, b: Value) -> Value:
-        """A product of two tensors in Einstein's notation; exchanges of their dimensions go into the letters."""
-        left, _, right = equation.partition("->")
-        sizes: dict[str, int] = {}
-        terms, operands = [], []
-        for letters, value in zip(left.split(","), (a, b), strict=True):
-            sizes.update(zip(letters, value.shape, strict=True))
-            operand, dims = self._through(value, PERMUTE) or (value, tuple(range(len(letters))))
-            terms.append("".join(letters[dims.index(d)] for d in range(len(letters))))
-            operands.append(operand)
-        equation = f"{','.join(terms)}->{right}"
-        return self.op(EINSUM, (tuple(sizes[letter] for letter in right), a.dtype), equation, tuple(operands))
-
-
-VIEW, PERMUTE, EINSUM = "aten.view.default", "aten.permute.default", "aten.einsum.default"
+from parallel.graph import Value
+from parallel.writer import Made, Writer
 
 Form = Callable[..., Value | list[Value]]
 FORMS: dict[str, Form] = {}
@@ -120,8 +24,11 @@ def _made(fake: Tensor) -> Made:
     return tuple(fake.shape), fake.dtype
 
 
-def _form(*names: str) -> Callable[[Form], Form]:
-    def add(function: Form) -> Form:
+_F = TypeVar("_F", bound=Form)
+
+
+def _form(*names: str) -> Callable[[_F], _F]:
+    def add(function: _F) -> _F:
         FORMS.update((f"aten.{name}", function) for name in names)
         return function
 
@@ -233,7 +140,7 @@ def _stack(writer: Writer, fake: Tensor, parts: Sequence[Value], dim: int = 0) -
     return _cat(writer, fake, [writer.view(part, shape) for part in parts], dim)
 
 
-def _filled(value: float) -> Form:
+def _filled(value: float) -> Callable[..., Value]:
     def fill(writer: Writer, fake: Tensor, *_like: Any, **_dtype: Any) -> Value:
         return writer.op(FULL, _made(fake), tuple(fake.shape), value, dtype=fake.dtype)
 
@@ -257,7 +164,11 @@ def _sum(
     over = tuple(sorted(d % len(x.shape) for d in dims or range(len(x.shape)))) if x.shape else ()
     if not over:
         return x
+    kept = tuple(size for d, size in enumerate(x.shape) if d not in over)
     kwargs = {} if x.dtype == fake.dtype else {"dtype": fake.dtype}
+    if apart := writer.flattened(x, over):  # sum over what the dimensions were before
+        total = writer.op("aten.sum.dim_IntList", (kept, fake.dtype), *apart, False, **kwargs)
+        return writer.view(total, fake.shape)
     return writer.op("aten.sum.dim_IntList", _made(fake), x, over, keep, **kwargs)
 
 

@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 
 from collectives.errors import CaptureError
 from parallel import update
-from parallel.forms import FORMS, Writer
+from parallel.forms import FORMS
 from parallel.graph import Graph, Input, Node, Output, Role, Value
+from parallel.merging import merge
 from parallel.modules import Watch
+from parallel.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def lower(captured: Captured, optimizer: Optimizer, kept: Mapping[str, update.Sl
     """Write the trace as a graph, and the optimizer's update behind it."""
     lowering = _Lowering(captured)
     loss, *results = lowering.run()
+    nodes, now = merge(_living(lowering.writer.nodes, [value for value in (loss, *results) if value is not None]))
+    loss, *results = (value and now.get(value.name, value) for value in (loss, *results))
     assert loss is not None
     moved = [source.name for source in captured.sources if source.tensor.requires_grad]
     gradients = {name: value for name, value in zip(moved, results, strict=False) if value is not None}
@@ -61,19 +65,19 @@ def lower(captured: Captured, optimizer: Optimizer, kept: Mapping[str, update.Sl
             if value is not None
         ),
     ]
-    nodes = _living([*lowering.writer.nodes, *writer.nodes], outputs)
-    return Graph((*lowering.inputs, *writer.inputs), nodes, tuple(outputs), lowering.constants)
+    nodes = _living([*nodes, *writer.nodes], [output.value for output in outputs])
+    return Graph((*lowering.inputs, *writer.inputs), tuple(nodes), tuple(outputs), lowering.constants)
 
 
-def _living(nodes: Sequence[Node], outputs: Sequence[Output]) -> tuple[Node, ...]:
-    """The nodes that an output depends on."""
-    wanted = {output.value.name for output in outputs}
+def _living(nodes: Sequence[Node], results: Sequence[Value]) -> list[Node]:
+    """The nodes that a result depends on."""
+    wanted = {value.name for value in results}
     living = []
     for node in reversed(nodes):
         if any(value.name in wanted for value in node.outputs):
             wanted.update(value.name for value in node.inputs)
             living.append(node)
-    return tuple(reversed(living))
+    return living[::-1]
 
 
 _DROPPED = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "implicit"}

@@ -1,0 +1,101 @@
+"""Operations that treat each element alone, with broadcasting of dimensions that are 1 or missing."""
+
+from collections.abc import Iterator
+
+from parallel.graph import Node, Value
+from parallel.layout import Placement
+from parallel.signatures.signature import Signature
+from parallel.signatures.table import PMAX, PMIN, B, P, enter, linear, may_split, moved
+
+LINEAR: dict[str, tuple[str, ...]] = {
+    "add.Tensor": ("pp",),
+    "sub.Tensor": ("pp",),
+    "neg.default": ("p",),
+    "mul.Scalar": ("p",),
+    "div.Scalar": ("p",),
+    "mul.Tensor": ("p.", ".p", "p"),
+    "div.Tensor": ("p.", "p"),
+    "lerp.Scalar": ("pp",),
+    "addcmul.default": ("pp.", "p.p"),
+    "addcdiv.default": ("pp.",),
+    "where.self": (".pp",),
+    "_to_copy.default": ("p",),
+    "gelu_backward.default": ("p.",),
+    "silu_backward.default": ("p.",),
+    "threshold_backward.default": ("p.",),
+    "tanh_backward.default": ("p.",),
+    "sigmoid_backward.default": ("p.",),
+    "hardtanh_backward.default": ("p.",),
+    "leaky_relu_backward.default": ("p.",),
+    "elu_backward.default": ("p.",),
+    "hardswish_backward.default": ("p.",),
+    "native_dropout_backward.default": ("p.",),
+}
+"""In which inputs each is linear, as `linear` reads it."""
+
+INCREASING = (
+    "exp.default", "log.default", "sqrt.default", "relu.default", "sigmoid.default", "tanh.default", "add.Scalar",
+    "sub.Scalar",
+)  # fmt: skip
+"""Of one tensor, growing with it: the largest input gives the largest output."""
+
+OTHERS = (
+    "abs.default", "add_relu.default", "bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_not.default",
+    "bitwise_or.Tensor", "ceil.default", "clamp.default", "clamp_min.default", "clamp_max.default", "cos.default",
+    "elu.default", "eq.Scalar", "eq.Tensor", "erf.default", "erfc.default", "exp2.default", "expm1.default",
+    "floor.default", "floor_divide.default", "fmod.Scalar", "ge.Scalar", "ge.Tensor", "gelu.default", "gt.Scalar",
+    "gt.Tensor", "hardswish.default", "hardtanh.default", "isinf.default", "isnan.default", "le.Scalar", "le.Tensor",
+    "leaky_relu.default", "log1p.default", "log2.default", "logical_and.default", "logical_not.default",
+    "logical_or.default", "lt.Scalar", "lt.Tensor", "masked_fill.Scalar", "masked_fill.Tensor", "maximum.default",
+    "minimum.default", "mish.default", "ne.Scalar", "ne.Tensor", "pow.Scalar", "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor", "reciprocal.default", "remainder.Scalar", "remainder.Tensor", "round.default",
+    "rsqrt.default", "rsub.Scalar", "sgn.default", "sign.default", "silu.default", "sin.default", "softplus.default",
+    "tan.default", "trunc.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "xlogy.Tensor",
+    "div.Tensor_mode", "lerp.Tensor", "softplus_backward.default", "square.default", "logaddexp.default",
+)  # fmt: skip
+
+
+def _splits(node: Node, parts: int) -> Iterator[Signature]:
+    """Each dimension of the result, in the inputs where it is not broadcast."""
+    shape = node.outputs[0].shape
+    for dim, size in enumerate(shape):
+        if may_split(size, parts):
+            inputs = [_aligned(value, dim, len(shape)) for value in node.inputs]
+            yield moved(node, inputs, [dim] * len(node.outputs))
+
+
+def _aligned(value: Value, dim: int, rank: int) -> int | None:
+    """The dimension of an input that dimension `dim` of the result comes from."""
+    own = dim - (rank - len(value.shape))
+    return own if own >= 0 and value.shape[own] > 1 else None
+
+
+def _sums(node: Node, patterns: tuple[str, ...]) -> Iterator[Signature]:
+    exact = node.outputs[0].dtype.is_floating_point or not any(v.dtype.is_floating_point for v in node.inputs)
+    for signature in linear(node, *patterns) if exact else ():
+        if all(str(v.dtype) != "torch.bool" for v, p in zip(node.inputs, signature.inputs, strict=True) if p == P):
+            yield signature
+
+
+def _rule(node: Node, parts: int) -> Iterator[Signature]:
+    name = node.op.removeprefix("aten.")
+    yield from _splits(node, parts)
+    yield from _sums(node, LINEAR.get(name, ()))
+    extremes: list[tuple[Placement, Placement]] = []
+    if name in INCREASING:
+        extremes = [(PMAX, PMAX), (PMIN, PMIN)]
+    elif name == "neg.default":
+        extremes = [(PMAX, PMIN), (PMIN, PMAX)]
+    elif name == "maximum.default":
+        extremes = [(PMAX, PMAX)]
+    elif name == "minimum.default":
+        extremes = [(PMIN, PMIN)]
+    for before, after in extremes:
+        yield Signature((before,) * len(node.inputs), (after,))
+    if name in {"maximum.default", "minimum.default"}:  # of one partial operand, too: max(max(a, b), c)
+        kind = extremes[0][0]
+        yield Signature((kind, B), (kind,))
+        yield Signature((B, kind), (kind,))
+
+
+enter("elementwise", (*LINEAR, *INCREASING, *OTHERS), _rule)
