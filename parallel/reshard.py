@@ -86,6 +86,15 @@ class Change:
         """Whether nothing is sent."""
         return not len(self.schedule)
 
+    @property
+    def combining(self) -> str:
+        """The reduction that the schedule is run with."""
+        return "sum" if self.op == "avg" else self.op
+
+    def wanted(self, rank: int) -> int:
+        """How many elements the schedule gives to a rank."""
+        return sum(stop - start for start, stop in self.schedule.wanted(rank))
+
     def move(self, comm: Communicator, held: Mapping[Shard, Tensor], dtype: torch.dtype) -> Tensor:
         """Bring a tensor to `after`; every rank of the communicator calls it, with the shards that it holds.
 
@@ -93,7 +102,7 @@ class Change:
         """
         values = self.source(comm.rank, held, dtype)
         if not self.local:
-            outcome = comm.redistribute(self.schedule, values, op="sum" if self.op == "avg" else self.op)
+            outcome = comm.redistribute(self.schedule, values, op=self.combining)
             assert outcome.result is not None
             values = outcome.result
         return self.result(comm.rank, values)
