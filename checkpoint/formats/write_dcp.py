@@ -1,0 +1,118 @@
+"""Writes a folder of torch.distributed.checkpoint (DCP), without torch, which an FSDP2 job loads with `dcp.load`.
+
+Keys are those of `{"model": ..., "optim": ...}` as `get_state_dict` of `torch.distributed.checkpoint.state_dict` names
+them: `model.NAME`, `optim.state.NAME.exp_avg`, `optim.param_groups.0.lr`; what else the source has of JSON values is
+under `extra`. Weights are the most exact copy there is (the fp32 master before the 16-bit parameter). Tied names point
+to one copy. Called by `checkpoint.convert`.
+
+`layout`: `dp=4` cuts tensors along dimension 0 into the parts that 4 ranks of FSDP2 ask for, each rank's in files of
+its own. A job of any other size loads them too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint.formats.dcp_files import Item, StatePath, Whole, metadata, write_files
+from checkpoint.source import WEIGHTS, Entry, Source, states_by_name, weight_key
+from checkpoint.torch_file import saved_box
+from collectives.errors import UsageError
+from collectives.region import Region
+
+if TYPE_CHECKING:
+    from checkpoint.convert import WriteOptions
+
+_FILES = 4
+"""Files that are written where the layout asks for fewer: they can be written at once."""
+_ADAM_DEFAULTS = {
+    "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+    "decoupled_weight_decay": True,
+}  # fmt: skip
+"""What torch's AdamW asks a checkpoint for and other optimizers do not have among their options."""
+_NOT_EXTRA = frozenset({"tied", "layout", "left_out", "args", "universal_checkpoint_info"})
+
+
+def write(source: Source, folder: Path, options: "WriteOptions", progress: Callable[[int], None]) -> None:
+    """Write all of a source into an empty folder.
+
+    Raises:
+        UsageError: the layout names another axis than `dp`.
+
+    """
+    ranks = _ranks(options.layout)
+    aliases = {other: owner for owner, *others in source.extras.get("tied", ()) for other in others}
+    tensors = dict(_tensors(source, aliases))
+    values = dict(_values(source))
+    stepped = {name for group in source.groups for name in group.names}
+    files: list[list[Item]] = [[] for _ in range(max(ranks, _FILES))]
+    per_rank = len(files) // ranks
+    for path, entry in tensors.items():
+        parts = ranks if entry.name in stepped or not stepped else 1
+        for rank, box in enumerate(_boxes(entry.shape, parts)):
+            item = Item(_key(path), saved_box(source, entry, box, progress), box)
+            min(files[rank * per_rank : (rank + 1) * per_rank], key=_load).append(item)
+    files[0] += [Item(_key(path), value) for path, value in values.items()]
+    named = {f"__{n // per_rank}_{n % per_rank}.distcp": items for n, items in enumerate(files) if items}
+    places = write_files(folder, named)
+    other = {_key(("model", alias)): _key(("model", owner)) for alias, owner in aliases.items()}
+    paths = {_key(path): path for path in (*tensors, *values, *(("model", alias) for alias in aliases))}
+    wholes = {_key(path): Whole(entry.dtype, entry.shape) for path, entry in tensors.items()}
+    (folder / ".metadata").write_bytes(metadata(wholes, places, paths, other))
+
+
+def _ranks(layout: Mapping[str, int]) -> int:
+    if strangers := sorted(set(layout) - {"dp"}):
+        raise UsageError(
+            f"a DCP folder is read by ranges, whatever the parallelism of the job: its layout is dp=N, the number of "
+            f"ranks to cut files for, not {', '.join(strangers)}"
+        )
+    return layout.get("dp", 1)
+
+
+def _key(path: StatePath) -> str:
+    return ".".join(map(str, path))
+
+
+def _load(items: list[Item]) -> int:
+    return sum(item.value.nbytes for item in items)
+
+
+def _tensors(source: Source, aliases: Mapping[str, str]) -> Iterator[tuple[StatePath, Entry]]:
+    """The tensors by their path in the nested state, one copy of those that are tied."""
+    for name, states in states_by_name(source).items():
+        if name in aliases:
+            continue
+        if weight := weight_key(source, name):
+            yield ("model", name), source.entries[weight]
+        for state, entry in states.items():
+            if state not in WEIGHTS:
+                yield ("optim", "state", name, state), entry
+
+
+def _values(source: Source) -> Iterator[tuple[StatePath, Any]]:
+    """All that is no tensor, by its path."""
+    for number, group in enumerate(source.groups):
+        options = {key: tuple(value) if key == "betas" else value for key, value in group.options.items()}
+        for key, value in ((_ADAM_DEFAULTS if "betas" in options else {}) | options).items():
+            yield ("optim", "param_groups", number, key), value
+        yield ("optim", "param_groups", number, "params"), list(group.names)
+    yield from _leaves(("extra",), {key: value for key, value in source.extras.items() if key not in _NOT_EXTRA})
+
+
+def _leaves(path: StatePath, value: Any) -> Iterator[tuple[StatePath, Any]]:
+    """Open dictionaries, as DCP's planner does; a list of plain values is one value to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves((*path, key), inner)
+    else:
+        yield path, value
+
+
+def _boxes(shape: tuple[int, ...], parts: int) -> Iterator[Region]:
+    """Dimension 0 in parts of `ceil(size / parts)` rows, as DTensor cuts it; ranks beyond the last row have none."""
+    if 0 in shape[:1] or not shape or parts == 1:
+        yield Region.whole(shape)
+        return
+    rows, rest = max(1, -(-shape[0] // parts)), shape[1:]
+    for first in range(0, shape[0], rows):
+        yield Region((first, *(0 for _ in rest)), (min(first + rows, shape[0]), *rest))
