@@ -34,6 +34,7 @@ _KINDS: _Kinds = {
     (Split, Split): "all_to_all",
     (Split, Flat): "all_to_all",
     (Flat, Split): "all_to_all",
+    (Partial, Partial): "reduce",
 }
 """What a change along one axis is; those that are not here take place within each rank."""
 
@@ -44,7 +45,8 @@ class Boxing:
 
     Attributes:
         kind: "none" (it is the same), "local" (each rank cuts, or fills with zeros, what it has), "all_gather",
-            "reduce_scatter", "all_reduce", "all_to_all", or "exchange" where it is several of these at once or between
+            "reduce_scatter", "all_reduce", "all_to_all", "reduce" (to
+            a partial value of another kind), or "exchange" where it is several of these at once or between
             different meshes.
         axes: names of the mesh axes along which elements travel; empty between different meshes.
         elements: sent, by all ranks together.
@@ -73,13 +75,13 @@ def boxing(a: Layout, b: Layout, shape: tuple[int, ...]) -> Boxing:
     """
     a.check(shape)
     b.check(shape)
-    reduction(a, b)
+    keeps = reduction(a, b).keeps
     if a == b:
         return Boxing("none", (), 0, 0)
     if a.mesh != b.mesh or Flat() in a.placements + b.placements:
         elements, steps = transfers(cells(a, b, shape))
     else:
-        elements, steps = _within(a.mesh, a.placements, b.placements, shape)
+        elements, steps = _within(a.mesh, a.placements, b.placements, shape, keeps)
     if not elements:
         return Boxing("local", (), 0, 0)
     if a.mesh != b.mesh:
@@ -88,15 +90,19 @@ def boxing(a: Layout, b: Layout, shape: tuple[int, ...]) -> Boxing:
     return Boxing(kinds.pop() if len(kinds) == 1 else "exchange", axes, elements, steps)
 
 
-def _within(mesh: Mesh, a: tuple[Placement, ...], b: tuple[Placement, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+def _within(
+    mesh: Mesh, a: tuple[Placement, ...], b: tuple[Placement, ...], shape: tuple[int, ...], keeps: bool
+) -> tuple[int, int]:
     """Elements and steps within a mesh, for layouts that cut boxes.
 
-    Terms of an element that differ along axes which stay partial stay apart: there are `sums` sums of `terms` terms.
-    Each is wanted by `wanted` ranks. Where the cuts leave the element in its place, `there` of these have it whole.
+    Terms of an element that differ along axes which stay partial stay apart, if they may: there are `sums` sums of
+    `terms` terms. Each is wanted by `wanted` ranks. Where the cuts leave the element in its place, `there` of these
+    have it whole.
     """
     size = dict(zip(range(len(a)), mesh.shape, strict=True))
-    sums = math.prod(p for x, p in size.items() if isinstance(a[x], Partial) and isinstance(b[x], Partial))
-    terms = math.prod(p for x, p in size.items() if isinstance(a[x], Partial) and not isinstance(b[x], Partial))
+    partial = [x for x in size if isinstance(a[x], Partial)]
+    sums = math.prod(size[x] for x in partial if keeps and isinstance(b[x], Partial))
+    terms = math.prod(size[x] for x in partial) // sums
     wanted = math.prod(p for x, p in size.items() if isinstance(b[x], Broadcast))
     there = math.prod(p for x, p in size.items() if isinstance(a[x], Broadcast) and isinstance(b[x], Broadcast))
     count, staying = math.prod(shape), _staying(mesh, a, b, shape)

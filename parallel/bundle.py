@@ -31,7 +31,7 @@ class Bundle:
             outcome = comm.redistribute(self.schedule, values, op=self.changes[0].combining)
             assert outcome.result is not None
             values = outcome.result
-        parts = values.split([change.wanted(rank) for change in self.changes])
+        parts = torch.split(values, [change.wanted(rank) for change in self.changes])
         return [change.result(rank, part) for change, part in zip(self.changes, parts, strict=True)]
 
 

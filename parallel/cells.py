@@ -68,17 +68,21 @@ def cells(a: Layout, b: Layout, shape: tuple[int, ...]) -> Iterator[Cell]:
         UsageError: a layout does not suit the shape, or has partial values that combine in different ways.
 
     """
-    reduction(a, b)
-    return cells_of(pieces(a, shape), pieces(b, shape), shape, nearness(a, b))
+    return cells_of(pieces(a, shape), pieces(b, shape), shape, nearness(a, b), reduction(a, b).keeps)
 
 
-def cells_of(before: Iterable[Piece], after: Sequence[Piece], shape: tuple[int, ...], near: Nearness) -> Iterator[Cell]:
-    """The cells of what is held and what is wanted: by the pieces held, and for each by those wanted."""
+def cells_of(
+    before: Iterable[Piece], after: Sequence[Piece], shape: tuple[int, ...], near: Nearness, apart: bool = True
+) -> Iterator[Cell]:
+    """The cells of what is held and what is wanted: by the pieces held, and for each by those wanted.
+
+    `apart`: terms may stay terms, of what is wanted as partial values.
+    """
     for held in before:
         for wanted in after:
             size = overlap(held.shard, wanted.shard, shape)
             if size:
-                yield Cell(held.shard, wanted.shard, size, _sums(held.terms, wanted.terms, near))
+                yield Cell(held.shard, wanted.shard, size, _sums(held.terms, wanted.terms, near, apart))
 
 
 def overlap(a: Shard, b: Shard, shape: tuple[int, ...]) -> int:
@@ -104,21 +108,35 @@ def transfers(made: Iterator[Cell]) -> tuple[int, int]:
     return elements, steps
 
 
-def reduction(a: Layout, b: Layout) -> str:
-    """How partial values of the two layouts combine: the one word for all of them, "sum" where there are none.
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How partial values combine before a change of layout, and after it; "sum" where there are none."""
+
+    before: str
+    after: str
+
+    @property
+    def keeps(self) -> bool:
+        """Whether terms may stay apart: they combine afterwards as they did before."""
+        return self.before == self.after
+
+
+def reduction(a: Layout, b: Layout) -> Reduction:
+    """How partial values of two layouts combine.
 
     Raises:
-        UsageError: in several ways; or averages are to be made out of something else.
+        UsageError: in several ways in one of them; or averages are to be made out of something else.
 
     """
-    before = [p.op for p in a.placements if isinstance(p, Partial)]
-    after = [p.op for p in b.placements if isinstance(p, Partial)]
-    if len({*before, *after}) > 1:
+    before = {p.op for p in a.placements if isinstance(p, Partial)}
+    after = {p.op for p in b.placements if isinstance(p, Partial)}
+    if len(before) > 1 or len(after) > 1:
         raise UsageError(f"cannot go from {a} to {b}: partial values combine in several ways; go by way of B")
     kept = a.mesh == b.mesh and all(p == q for p, q in zip(a.placements, b.placements, strict=True) if q == _AVERAGE)
     if "avg" in after and not kept:
         raise UsageError(f"cannot go from {a} to {b}: nothing can be taken apart into averages; use P")
-    return (before + after + ["sum"])[0]
+    combining = (before or after or {"sum"}).pop()
+    return Reduction(combining, after.pop() if after else combining)
 
 
 def nearness(a: Layout, b: Layout) -> Nearness:
@@ -132,7 +150,7 @@ def nearness(a: Layout, b: Layout) -> Nearness:
 _AVERAGE = Partial("avg")
 
 
-def _sums(terms: tuple[Ranks, ...], groups: tuple[Ranks, ...], near: Nearness) -> tuple[Sum, ...]:
+def _sums(terms: tuple[Ranks, ...], groups: tuple[Ranks, ...], near: Nearness, apart: bool) -> tuple[Sum, ...]:
     """Which terms go into which partial value of the layout after: that of which the most ranks have it, or nearly."""
     if len(groups) == 1:
         return (Sum(terms, groups[0]),)
@@ -140,6 +158,8 @@ def _sums(terms: tuple[Ranks, ...], groups: tuple[Ranks, ...], near: Nearness) -
     def kinship(group: Ranks, term: Ranks) -> tuple[int, int]:
         return len(set(group) & set(term)), max(near(one, other) for one in term for other in group)
 
+    if not apart:
+        return (Sum(terms, max(groups, key=lambda group: max(kinship(group, term) for term in terms))),)
     chosen: dict[Ranks, list[Ranks]] = {}
     for term in terms:
         chosen.setdefault(max(groups, key=lambda group: kinship(group, term)), []).append(term)

@@ -26,12 +26,13 @@ from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
 from collectives.region import Ranges, Region, split
 from collectives.schedule import Schedule, Step
-from parallel.cells import Cell, Nearness, Ranks, Sum, cells, nearness, reduction
+from parallel.cells import Cell, Nearness, Ranks, Reduction, Sum, cells, nearness, reduction
 from parallel.layout import Layout, Shard
 from parallel.packing import Part, gather, joined, parts, scatter
 
 _Row: TypeAlias = tuple[int, int, int, int, bool]
 _Places: TypeAlias = tuple[tuple[Shard, tuple[Part, ...]], ...]
+_SUMS = Reduction("sum", "sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Change:
         shape: of the whole tensor.
         flows: what goes where.
         schedule: what is sent; its work buffer has the flows one behind the other.
-        op: how terms combine.
+        op: how terms combine before and after.
         terms: by how many an average is to be divided; else 1.
 
     """
@@ -74,7 +75,7 @@ class Change:
     shape: tuple[int, ...]
     flows: tuple[Flow, ...] = field(repr=False)
     schedule: Schedule = field(repr=False)
-    op: str = "sum"
+    op: Reduction = _SUMS
     terms: int = 1
     _sources: dict[int, tuple[tuple[Shard, tuple[Part, ...]], ...]] = field(
         default_factory=dict, init=False, repr=False
@@ -89,7 +90,7 @@ class Change:
     @property
     def combining(self) -> str:
         """The reduction that the schedule is run with."""
-        return "sum" if self.op == "avg" else self.op
+        return "sum" if self.op.before == "avg" else self.op.before
 
     def wanted(self, rank: int) -> int:
         """How many elements the schedule gives to a rank."""
@@ -117,7 +118,7 @@ class Change:
         if self.terms > 1:
             values = values / self.terms
         shape = self.after.shard(self.shape, rank).shape if rank in self.after.mesh.ranks else (0,)
-        return scatter(values, self._target_parts(rank), shape, identity(self.op, values.dtype))
+        return scatter(values, self._target_parts(rank), shape, identity(self.op.after, values.dtype))
 
     def _source_parts(self, rank: int) -> _Places:
         known = self._sources.get(rank)
@@ -199,7 +200,9 @@ def reshard(before: Layout, after: Layout, shape: tuple[int, ...], world: int = 
     if world and world < needed:
         raise UsageError(f"the layouts {before} and {after} name rank {needed - 1}, which a world of {world} lacks")
     flows = flows_of(cells(before, after, shape), nearness(before, after))
-    terms = max((len(value.terms) for flow in flows for value in flow.cell.sums), default=1) if op == "avg" else 1
+    terms = (
+        max((len(value.terms) for flow in flows for value in flow.cell.sums), default=1) if op.before == "avg" else 1
+    )
     return Reshard(after, shape, flows, schedule_of(flows, world or needed), op, terms, before=before)
 
 

@@ -14,6 +14,7 @@ from tests.parallel.layouts import GRIDS, mesh_of
 
 S0, S1, B, P = Split(0), Split(1), Broadcast(), Partial()
 KINDS: list[Placement] = [S0, S1, B, P]
+MOST: list[Placement] = [*KINDS, Partial("max")]
 SHAPE = (24, 60)
 T = math.prod(SHAPE)
 
@@ -59,10 +60,17 @@ def test_disjoint_ranks_cost_what_the_table_of_the_paper_says(p: int, q: int) ->
         assert (found.elements, found.kind) == (elements, "exchange")
 
 
+def test_partial_values_of_one_kind_become_those_of_another() -> None:
+    mesh = Mesh.of(x=3)
+    found = boxing(Layout(mesh, (P,)), Layout(mesh, (Partial("max"),)), SHAPE)
+    assert (found.kind, found.axes, found.elements, found.steps) == ("reduce", ("x",), 2 * T, 1)
+
+
 def test_the_closed_form_counts_what_an_enumeration_does() -> None:
     chance, counted = random.Random(7), 0
     for grid in GRIDS:
-        layouts = [Layout(mesh_of(*grid), p) for p in itertools.product(KINDS, repeat=len(grid))]
+        placed = [p for p in itertools.product(MOST, repeat=len(grid)) if not {P, MOST[-1]} <= set(p)]
+        layouts = [Layout(mesh_of(*grid), p) for p in placed]
         pairs = list(itertools.permutations(layouts, 2))
         for a, b in chance.sample(pairs, min(len(pairs), 150)):
             for shape in ((4, 6), (5, 3), (1, 7)):
