@@ -13,6 +13,8 @@ from collectives.errors import OptionError, TransportLost, Unsupported
 from collectives.membership.protocol import Decision
 from collectives.options import Options
 from collectives.transports.base import Transport
+from collectives.transports.checked import PREFIX as CHECKED
+from collectives.transports.checked import CheckedTransport
 from collectives.transports.emulated import PREFIX, EmulatedTransport, emulate, network
 from collectives.transports.gloo import GlooTransport
 from collectives.transports.handshake import link_key
@@ -24,7 +26,7 @@ from collectives.transports.sockets import SocketTransport
 
 log = logging.getLogger("ringhold.member")
 
-Built = GlooTransport | SocketTransport | ShmTransport | MpiTransport | EmulatedTransport
+Built = GlooTransport | SocketTransport | ShmTransport | MpiTransport | CheckedTransport | EmulatedTransport
 
 TRANSPORTS: dict[str, type[GlooTransport | SocketTransport | ShmTransport | MpiTransport]] = {
     "gloo": GlooTransport,
@@ -32,7 +34,9 @@ TRANSPORTS: dict[str, type[GlooTransport | SocketTransport | ShmTransport | MpiT
     "shm": ShmTransport,
     "mpi": MpiTransport,
 }
-"""Names that `Communicator.join(transport=...)` knows; each may have "emulated:" before it, and gloo ":4" behind."""
+"""Names that `Communicator.join(transport=...)` knows; each may have "emulated:" before it, and gloo ":4" behind.
+Those of CHECKABLE may have "checked:" before them."""
+CHECKABLE = ("gloo", "sockets")
 MOST_STRIPES = 64
 
 
@@ -62,7 +66,7 @@ class Epochs:
         on_failure: Callable[[int, int], None],
         on_refusal: Callable[[], None],
     ) -> None:
-        self.kind, self._stripes, emulated = parse_transport(kind)
+        self.kind, self._stripes, emulated, self._checked = parse_transport(kind)
         TRANSPORTS[self.kind].prepare()
         self.arena = (
             process_arena() if TRANSPORTS[self.kind].lends else None
@@ -100,6 +104,18 @@ class Epochs:
             if self._refusal is not None and self._refusal[0] == epoch:
                 raise self._refusal[1]
             return self._current[1] if self._current and self._current[0] == epoch else None
+
+    def spawner(self, epoch: int) -> MpiTransport | None:
+        """Return the transport of that epoch, by which ranks can be spawned; None if the epoch is over.
+
+        Raises:
+            Unsupported: the run's transport knows no ranks.
+
+        """
+        if self.kind != "mpi" or self._network is not None:
+            raise Unsupported(f"transport {self.kind!r} spawns nothing; start another process, and it joins by itself")
+        transport = self.transport(epoch)
+        return transport if isinstance(transport, MpiTransport) else None
 
     def fence(self) -> None:
         """Abort what is in use and what is being built; does not block."""
@@ -177,8 +193,20 @@ class Epochs:
         make = TRANSPORTS[self.kind]
         listen = self._options.listen
         transport: Built = make(
-            Site(self._listener, rank, addresses, self._key, decision.epoch, decision.nonce, listen, self._stripes)
+            Site(
+                self._listener,
+                rank,
+                addresses,
+                self._key,
+                decision.epoch,
+                decision.nonce,
+                listen,
+                self._stripes,
+                self._checked,
+            )
         )
+        if self._checked and self.kind != "sockets":  # whose links check all of it
+            transport = CheckedTransport(transport)
         if self._network is not None:
             transport = emulate(transport, self._network, self._key, decision.epoch, decision.nonce)
         with self._lock:
@@ -200,17 +228,20 @@ class Epochs:
         self._old[-1].start()
 
 
-def parse_transport(name: str) -> tuple[str, int, bool]:
-    """A transport's plain name, its number of stripes and whether it is emulated; such as "emulated:gloo:4".
+def parse_transport(name: str) -> tuple[str, int, bool, bool]:
+    """A transport's plain name, its number of stripes, whether it is emulated and whether checked: "checked:gloo:4".
 
     Raises:
         OptionError: there is no such transport.
 
     """
-    plain = name.removeprefix(PREFIX)
+    unshaped = name.removeprefix(PREFIX)
+    plain = unshaped.removeprefix(CHECKED)
     kind, colon, number = plain.partition(":")
     if kind not in TRANSPORTS:
         raise OptionError(f"unknown transport {name!r}; there are {', '.join(sorted(TRANSPORTS))}")
     if colon and (kind != "gloo" or not number.isdecimal() or not 0 < int(number) <= MOST_STRIPES):
         raise OptionError(f"transport {name!r}: only gloo has stripes, 1 to {MOST_STRIPES}, such as gloo:4")
-    return kind, int(number or 1), plain != name
+    if plain != unshaped and kind not in CHECKABLE:
+        raise OptionError(f"transport {name!r}: checksums of tensor data are for {' and '.join(CHECKABLE)}")
+    return kind, int(number or 1), unshaped != name, plain != unshaped

@@ -4,6 +4,7 @@
 an attempt that fails is the membership's alone (rules R2 to R4); this module obeys it.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from collectives.transports.alone import NoTransport
 from collectives.transports.base import Transport, channel_of
 from collectives.transports.metered import Meter, MeteredTransport
 from collectives.transports.part import PartTransport
+
+log = logging.getLogger("ringhold.member")
 
 MOST_VIEWS = 256
 """So many are remembered: two are asked for with every operation."""
@@ -197,7 +200,7 @@ class Group(Runner):
                 last = self._prepare(operation, view, transport)
                 self._attempt(operation, seq, last, transport, probe)
             except TransportLost as error:
-                self._interrupted(operation.lane, view.epoch, error.peer)
+                self._interrupted(operation.lane, view.epoch, error)
             else:
                 break
         if self._fingerprint(operation) != before:
@@ -219,9 +222,12 @@ class Group(Runner):
         staging = self._pool.take(program.footprint, plan.dtype)
         return _Attempt(view, plan, staging, program.pieces(plan.source, staging))
 
-    def _interrupted(self, lane: str, epoch: int, rank: int | None) -> None:
-        """An attempt failed on the link to the member of that rank in the whole epoch, None: aborted from here."""
+    def _interrupted(self, lane: str, epoch: int, error: TransportLost) -> None:
+        """An attempt failed on the link to the member of a rank in the whole epoch, or was aborted from here."""
+        rank = error.peer
         core = self._session.core
+        if rank is not None:
+            log.info("epoch %d, lane %r: %s", epoch, lane, error)
         with self._session.changed:
             if core.epoch == epoch:
                 peer = 0 if rank is None else core.members[rank]

@@ -1,8 +1,9 @@
 """One connection between two members: frames in, frames out, never blocking; `links` owns it and does the waiting.
 
-A note travels as a frame: a header (length u32, channel u32, CRC-32) and the payload. The CRC covers the header, and
-payloads of up to CHECKED bytes: what steers the protocol. Larger ones are tensor data, which go as unprotected here as
-through gloo (checking them takes as long as moving them).
+A note travels as a frame: a header (length u32, channel u32, CRC-32 of the payload, CRC-32 of the header so far) and
+the payload. Payloads of up to CHECKED bytes steer the protocol and are always checked. Larger ones are tensor data:
+where the run's transport is not a checked one they have zero for a checksum, and go as unprotected as through gloo. A
+frame that does not fit its checksums ends the link.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import threading
 import zlib
 from collections import deque
 
+from collectives import faults
 from collectives.errors import TransportLost
 
 MAX_NOTE = 2**20
@@ -23,7 +25,8 @@ LANDED = bytes(bytearray(b"landed"))
 LARGE = 16 * 1024
 """From this many bytes on it pays to read a payload straight into its reader's memory, at one more system call."""
 
-_HEADER = struct.Struct("<III")
+_HEADER = struct.Struct("<IIII")
+_FIELDS = struct.Struct("<III")
 _READ = 64 * 1024
 _BUFFER = 2**20
 _DRAIN_READS = 64
@@ -36,19 +39,23 @@ Note = tuple[int, bytes]
 class _Arriving:
     """A note of which not all bytes are here yet; `own` is its memory where the reader gave none."""
 
-    __slots__ = ("channel", "got", "own", "view")
+    __slots__ = ("channel", "content", "got", "own", "view")
 
-    def __init__(self, channel: int, length: int, landing: memoryview | None) -> None:
+    def __init__(self, channel: int, length: int, content: int, landing: memoryview | None) -> None:
         self.channel = channel
+        self.content = content
         self.got = 0
         self.own = bytearray(length) if landing is None else None
         self.view = memoryview(self.own) if self.own is not None else landing or memoryview(b"")
 
 
 class Link:
-    """A connected, authenticated, non-blocking socket to rank `peer`. One thread at a time reads; any thread writes."""
+    """A connected, authenticated, non-blocking socket to rank `peer`. One thread at a time reads; any thread writes.
 
-    def __init__(self, sock: socket.socket, peer: int) -> None:
+    `checked`: large payloads that are written here get a checksum; those that are read are checked if they have one.
+    """
+
+    def __init__(self, sock: socket.socket, peer: int, checked: bool = False) -> None:
         if sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         else:  # TCP sizes its buffers itself, if it is let
@@ -62,6 +69,7 @@ class Link:
         self.unsent = False
         """Whether there is something for `flush` to do."""
         self._sock = sock
+        self._checked = checked
         self._rest = b""
         self._arriving: _Arriving | None = None
         self._write_lock = threading.Lock()
@@ -103,7 +111,11 @@ class Link:
         length = len(payload)
         if length > MAX_NOTE:
             raise ValueError(f"a note of {length} bytes is longer than {MAX_NOTE}; send it in parts or as bulk")
-        header = _HEADER.pack(length, channel, _check(length, channel, payload))
+        fields = _FIELDS.pack(length, channel, _sum(payload) if length <= CHECKED or self._checked else 0)
+        header = fields + zlib.crc32(fields).to_bytes(4, "little")
+        if faults.damages:
+            frame = faults.damaged("data", header + payload)
+            header, payload = frame[: _HEADER.size], frame[_HEADER.size :]
         with self._write_lock:
             self._raise_if_over()
             self._posted += 1
@@ -172,24 +184,28 @@ class Link:
         self._rest = b""
         at, end = 0, len(data)
         while end - at >= _HEADER.size:
-            length, channel, check = _HEADER.unpack_from(data, at)
+            length, channel, content, check = _HEADER.unpack_from(data, at)
             start, stop = at + _HEADER.size, at + _HEADER.size + length
+            if zlib.crc32(data[at : at + _FIELDS.size]) != check:
+                self._damaged()
+                return
             if length > MAX_NOTE:
                 self.lost = f"rank {self.peer} announced a note of {length} bytes, more than {MAX_NOTE}: garbage"
                 return
             if stop > end and length <= CHECKED:
-                break  # its check needs all of it
-            if _check(length, channel, data[start:stop] if length <= CHECKED else b"") != check:
-                self.lost = f"a note from rank {self.peer} arrived damaged: its checksum does not fit"
-                return
+                break  # the rest of it is not worth a buffer of its own
             if stop > end:
                 landing = self.landings.get(channel)
                 fits = landing is not None and len(landing) == length
-                self._arriving = _Arriving(channel, length, self.landings.pop(channel) if fits else None)
+                self._arriving = _Arriving(channel, length, content, self.landings.pop(channel) if fits else None)
                 self._arriving.got = end - start
                 self._arriving.view[: end - start] = data[start:]
                 return
-            notes.append((channel, data[start:stop]))
+            payload = data[start:stop]
+            if content and _sum(payload) != content:
+                self._damaged()
+                return
+            notes.append((channel, payload))
             self.landings.pop(channel, None)
             at = stop
         self._rest = data[at:]
@@ -202,9 +218,15 @@ class Link:
         note.got += count
         if note.got == len(note.view):
             self._arriving = None
+            if note.content and _sum(note.view) != note.content:
+                self._damaged()
+                return
             # A landing given meanwhile is this note's reader's, never the next one's: that would overwrite it.
             self.landings.pop(note.channel, None)
             notes.append((note.channel, LANDED if note.own is None else bytes(note.own)))
+
+    def _damaged(self) -> None:
+        self.lost = f"a note from rank {self.peer} arrived damaged: its checksum does not fit"
 
     def _raise_if_over(self) -> None:
         why = self._broken or self.lost
@@ -223,6 +245,6 @@ class Link:
             raise TransportLost(self._broken, self.peer) from None
 
 
-def _check(length: int, channel: int, payload: bytes | memoryview) -> int:
-    seed = (length * 0x9E3779B1 ^ channel) & 0xFFFFFFFF
-    return zlib.crc32(payload if length <= CHECKED else b"", seed)
+def _sum(payload: bytes | memoryview) -> int:
+    """Checksum of a payload; never zero."""
+    return zlib.crc32(payload) or 1

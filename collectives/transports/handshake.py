@@ -18,7 +18,7 @@ import struct
 from collectives.errors import ProtocolError
 
 MAGIC = b"RHLK"
-VERSION = 1
+VERSION = 2
 _HELLO = struct.Struct("<4sHQII16s")
 _CHALLENGE = 16
 _PROOF = 32

@@ -52,6 +52,7 @@ class PeerLinks:
     def __init__(self, site: Site) -> None:
         self.rank = site.rank
         self.size = site.size
+        self._checked = site.checked
 
         def handshake(peer: int | None) -> Handshake:
             return Handshake(site.key, site.epoch, site.nonce, site.rank, site.size, peer)
@@ -95,7 +96,7 @@ class PeerLinks:
                     sock.close()
                 raise
         with self._mutex:
-            self._links = {peer: Link(sock, peer) for peer, sock in sockets.items()}
+            self._links = {peer: Link(sock, peer, self._checked) for peer, sock in sockets.items()}
             self._by_fd = {link.fd: link for link in self._links.values()}
             for fd in (self._abort_read, self._nudge_read, *self._by_fd):
                 self._poll.register(fd, select.POLLIN)

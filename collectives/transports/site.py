@@ -24,6 +24,8 @@ class Site:
     """The local address to listen on."""
     stripes: int = 1
     """Connections between two members that share the bulk, where the transport has such."""
+    checked: bool = False
+    """Whether tensor data have checksums on the wire."""
 
     @property
     def size(self) -> int:

@@ -373,8 +373,13 @@ def test_news_from_others_leaves_no_trace_of_a_note_that_is_landing(
 
 def frame_of(payload: memoryview, channel: int) -> bytes:
     """A large note as it is on the wire."""
-    check = zlib.crc32(b"", (len(payload) * 0x9E3779B1 ^ channel) & 0xFFFFFFFF)
-    return struct.pack("<III", len(payload), channel, check) + payload
+    return head(len(payload), channel, 0) + payload
+
+
+def head(length: int, channel: int, content: int) -> bytes:
+    """A frame's header, whole in itself."""
+    fields = struct.pack("<III", length, channel, content)
+    return fields + struct.pack("<I", zlib.crc32(fields))
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
@@ -390,14 +395,13 @@ def test_a_note_of_the_wrong_length_is_refused(pair: tuple[PeerLinks, PeerLinks]
 def damaged(kind: str) -> bytes:
     """Bytes that follow a good handshake and are no good frame."""
     payload = b"payload"
-    check = zlib.crc32(payload, (len(payload) * 0x9E3779B1 ^ 1) & 0xFFFFFFFF)
-    header = struct.Struct("<III")
+    good = head(len(payload), 1, zlib.crc32(payload))
     return {
-        "payload": header.pack(len(payload), 1, check) + b"pAyload",
-        "channel": header.pack(len(payload), 2, check) + payload,
-        "length": header.pack(MAX_NOTE + 1, 1, check),
-        "large": header.pack(100_000, 1, 12345) + bytes(100_000),
-        "end": header.pack(len(payload), 1, check) + payload[:3],
+        "payload": good + b"pAyload",
+        "channel": good[:4] + b"\2" + good[5:] + payload,
+        "length": head(MAX_NOTE + 1, 1, 1),
+        "large": head(100_000, 1, 12345) + bytes(100_000),
+        "end": good + payload[:3],
     }[kind]
 
 

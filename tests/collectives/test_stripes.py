@@ -43,9 +43,11 @@ def test_an_abort_frees_who_waits_on_any_stripe(crew: Crew, blow: signal.Signals
 
 
 def test_names_of_transports() -> None:
-    assert parse_transport("gloo") == ("gloo", 1, False)
-    assert parse_transport("gloo:4") == ("gloo", 4, False)
-    assert parse_transport("emulated:gloo:2") == ("gloo", 2, True)
+    assert parse_transport("gloo") == ("gloo", 1, False, False)
+    assert parse_transport("gloo:4") == ("gloo", 4, False, False)
+    assert parse_transport("emulated:gloo:2") == ("gloo", 2, True, False)
+    assert parse_transport("checked:gloo:2") == ("gloo", 2, False, True)
+    assert parse_transport("emulated:checked:sockets") == ("sockets", 1, True, True)
     for wrong in ("gloo:0", "gloo:", "gloo:x", "gloo:65", "shm:2", "sockets:1"):
         with pytest.raises(OptionError, match="stripes"):
             parse_transport(wrong)
