@@ -1,6 +1,6 @@
 """Who is at work on a store: a small file for each writer of a running save, and for a running gc.
 
-`checkpoint.save` and `checkpoint.gc` keep out of each other's way by them, without locks: each writes its own file
+`checkpoint.saving` and `checkpoint.gc` keep out of each other's way by them, without locks: each writes its own file
 first and looks for the other's afterwards, so that at least one of two sees the other. A save that sees a gc shares no
 chunks with earlier steps; a gc that sees a save keeps its packs and the step it shares chunks with.
 

@@ -1,6 +1,6 @@
 """Reading a step of a store without torch: boxes of tensors, verified chunk by chunk, with bounded memory.
 
-For conversion, comparison and inspection; `checkpoint.load` fills tensors of torch by the same plan of reads.
+For conversion, comparison and inspection; `checkpoint.loading` fills tensors of torch by the same plan of reads.
 """
 
 import os

@@ -5,8 +5,8 @@
     STORE/saves/NAME.json            who is at work (`checkpoint.leases`)
 
 The manifest is written last and appears whole, so a step is there with all its chunks or not at all. What writes a
-store: `checkpoint.save` (many ranks), `checkpoint.writer` (one process). What reads it: `checkpoint.reader`,
-`checkpoint.load`. Needs no torch.
+store: `checkpoint.saving` (many ranks), `checkpoint.writer` (one process). What reads it: `checkpoint.reader`,
+`checkpoint.loading`. Needs no torch.
 """
 
 import os

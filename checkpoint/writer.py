@@ -1,6 +1,6 @@
 """Writing a step of a store from one process without torch: for conversion, and for anybody who has the bytes.
 
-`checkpoint.save` is for a job with its tensors spread over ranks; the result is the same to the byte.
+`checkpoint.saving` is for a job with its tensors spread over ranks; the result is the same to the byte.
 """
 
 import os

@@ -1,0 +1,345 @@
+"""Loading a saved step into tensors that are there already, whatever layouts they have: only what they need is read.
+
+    state = {"model": model.state_dict(), "step": 0}
+    load("runs/mine", state)                                                     # one process, the newest step
+    load("runs/mine", state, {"model": Layout.by_axis(mesh, tp=Split(0))}, comm)  # on every rank, its shards
+
+    state = load_state("runs/mine", step=120)                                    # new tensors, the whole state
+
+Every chunk is proven by its digest before a byte of it is used. Nothing is written to before all ranks have found that
+what they want is there, in a shape and dtype that fit.
+"""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from checkpoint import holdings, nest, tensors
+from checkpoint.crew import Crew, crew_of
+from checkpoint.filling import fill
+from checkpoint.holdings import Layouts, Sharded
+from checkpoint.manifest import Chunk
+from checkpoint.reader import BURST, Burst, Reader, bursts, inside
+from checkpoint.store import parse_reference
+from collectives import rawbytes
+from collectives.communicator import Communicator
+from collectives.errors import OptionError, RingholdError, StorageFailed
+from collectives.region import Region
+from parallel.layout import Shard
+
+LANE = "checkpoint load"
+_LEAST_MEMORY = 8 << 20
+_SHARE = 5
+"""A burst is so much less than the memory of a thread: beside it there are a chunk, its planes and their joint."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load.
+
+    Args:
+        memory: most bytes of a rank beside the tensors and the manifest, at chunks of usual size.
+        threads: of each rank, to read, decode and prove; 0: up to four, if the rank is alone.
+        strict: tensors or values that the checkpoint lacks, and those that nobody wants, are an error.
+        cast: floats of another dtype are converted, rounding to nearest; else they are an error.
+
+    Raises:
+        OptionError: a value is out of range.
+
+    """
+
+    memory: int = 256 << 20
+    threads: int = 0
+    strict: bool = True
+    cast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory < _LEAST_MEMORY or self.threads < 0:
+            raise OptionError(f"memory is at least {_LEAST_MEMORY} bytes, threads are 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did on this rank."""
+
+    step: int
+    metadata: Mapping[str, Any]
+    """What was kept with the step."""
+    tensors: int
+    """Filled here."""
+    nbytes: int
+    """Of these."""
+    read: int
+    """Bytes read of packs."""
+    missing: tuple[str, ...]
+    """Wanted and not there; nothing if it was strict."""
+    unexpected: tuple[str, ...]
+    """There and wanted by no rank; nothing if it was strict."""
+    seconds: float
+
+
+def load(
+    path: str | os.PathLike[str],
+    into: dict[str, Any],
+    layouts: Layouts = None,
+    comm: Communicator | None = None,
+    *,
+    step: int | None = None,
+    options: LoadOptions | None = None,
+) -> LoadReport:
+    """Fill a state in place from a step of a store. Every rank calls it; returns when all of them are done.
+
+    Args:
+        path: path or URL of the store, perhaps with `@STEP`; every rank must see the same one.
+        into: nested dict of this rank's shards and plain values. Tensors are written to (views and leaves that require
+            grad, too), plain values replaced. Ranks may want different keys.
+        layouts: how the tensors lie now, see `Layouts`; the layouts by which they were saved do not matter.
+        comm: the communicator; None: this process alone.
+        step: which, that of rank 0; None: the newest, unless the path names one.
+        options: how.
+
+    Raises:
+        LayoutMismatch: it lacks tensors, has others, or they are of another shape or dtype; on every rank, with all
+            their names. Nothing was written to.
+        NoCheckpoint, UnknownFormat, CorruptFile, StorageFailed: it is not there or cannot be read; on every rank.
+        CorruptChunk: bytes are not what was saved; on every rank. Some tensors may be filled already.
+
+    """
+    return _Load(path, crew_of(comm, LANE), options or LoadOptions()).run(into, layouts, step)
+
+
+def load_state(
+    path: str | os.PathLike[str], *, step: int | None = None, options: LoadOptions | None = None
+) -> dict[str, Any]:
+    """Load a whole state into new tensors, in this process alone.
+
+    Raises:
+        StorageFailed: the state does not fit into memory.
+        NoCheckpoint, UnknownFormat, CorruptFile, CorruptChunk: see `load`.
+
+    """
+    with Reader(path, step) as reader:
+        try:
+            new = {
+                key: torch.empty(entry.shape, dtype=tensors.torch_dtype(entry.dtype))
+                for key, entry in reader.tensors.items()
+            }
+        except (RuntimeError, MemoryError):
+            raise StorageFailed(f"the state has {reader.manifest.nbytes} bytes, more than fits into memory") from None
+        state: dict[str, Any] = reader.state(new.__getitem__)
+        load(reader.store.url, state, step=reader.manifest.step, options=options)
+        return state
+
+
+class _Opening(msgspec.Struct, frozen=True):
+    """What a rank tells first."""
+
+    step: int
+    keys: list[str]
+    error: str
+
+
+class _Misfits(msgspec.Struct, frozen=True):
+    """What does not fit on a rank: names, and what is to be said of each."""
+
+    missing: dict[str, str]
+    mismatched: dict[str, str]
+    error: str
+
+
+class _Target(NamedTuple):
+    """Where bytes of a chunk go: `box` of it, to `view`, which has the shape of the box."""
+
+    chunk_box: Region
+    box: Region
+    dtype: str
+    view: Tensor
+
+
+class _Load:
+    """One load of one rank."""
+
+    def __init__(self, path: str | os.PathLike[str], crew: Crew, options: LoadOptions) -> None:
+        self._started = time.perf_counter()
+        self._path, self._named = parse_reference(os.fspath(path))
+        self._crew, self._options = crew, options
+
+    def run(self, into: dict[str, Any], layouts: Layouts, step: int | None) -> LoadReport:
+        """All of it."""
+        reader: Reader | None = None
+        try:
+            opening, wanted, reader = self._open(into, step)
+            heard = {
+                rank: msgspec.json.decode(row, type=_Opening)
+                for rank, row in self._crew.gather(msgspec.json.encode(opening)).items()
+            }
+            self._raise({rank: one.error for rank, one in heard.items()})
+            reader, shards, misfits = self._look(reader, heard[min(heard)].step, wanted, layouts, into)
+            told = {
+                rank: msgspec.json.decode(row, type=_Misfits)
+                for rank, row in self._crew.gather(msgspec.json.encode(misfits)).items()
+            }
+            self._raise({rank: one.error for rank, one in told.items()})
+            assert reader is not None, "a rank that cannot read it has said so"
+            known = {key for one in heard.values() for key in one.keys}
+            unexpected = tuple(key for key in reader.tensors if key not in known)
+            self._judge(reader, told.values(), unexpected)
+            read = self._fill(reader, wanted, shards, into)
+            return self._report(reader, shards, read, tuple(misfits.missing), unexpected)
+        finally:
+            if reader is not None:
+                reader.close()
+
+    def _open(self, into: dict[str, Any], step: int | None) -> tuple[_Opening, dict[str, Tensor], Reader | None]:
+        """What this rank wants; rank 0 chooses the step."""
+        reader: Reader | None = None
+        wanted: dict[str, Tensor] = {}
+        error: RingholdError | None = None
+        try:
+            _, wanted = nest.take_apart(into, tensors.is_tensor)
+            if self._crew.rank == 0:
+                reader = Reader(self._path, self._named if step is None else step)
+        except RingholdError as failure:
+            error = failure
+        self._error = error
+        number = -1 if reader is None else reader.manifest.step
+        return _Opening(number, list(wanted), "" if error is None else str(error)), wanted, reader
+
+    def _look(
+        self, reader: Reader | None, step: int, wanted: dict[str, Tensor], layouts: Layouts, into: dict[str, Any]
+    ) -> tuple[Reader | None, dict[str, Shard], _Misfits]:
+        """The shards of this rank, and what does not fit."""
+        missing: dict[str, str] = {}
+        mismatched: dict[str, str] = {}
+        shards: dict[str, Shard] = {}
+        try:
+            reader = reader or Reader(self._path, step)
+            choose = holdings.chooser(layouts)
+            for key, tensor in wanted.items():
+                if key not in reader.tensors:
+                    missing[key] = ""
+                    continue
+                try:
+                    shards[key] = self._shard(reader, key, tensor, choose(key))
+                except RingholdError as error:
+                    mismatched[key] = str(error)
+            missing |= dict.fromkeys(fill(into, reader.manifest.state, write=False), "")
+        except RingholdError as error:
+            self._error = error
+        return reader, shards, _Misfits(missing, mismatched, "" if self._error is None else str(self._error))
+
+    def _shard(self, reader: Reader, key: str, tensor: Tensor, chosen: Sharded | None) -> Shard:
+        """What a tensor is to hold; raises what is to be said where it cannot."""
+        entry = reader.tensors[key]
+        name = tensors.dtype_of(key, tensor)
+        if name != entry.dtype and not (self._options.cast and tensors.castable(entry.dtype, name)):
+            hint = "; load with cast=True to convert" if tensors.castable(entry.dtype, name) else ""
+            raise holdings.mismatched(f"{entry.dtype} in the checkpoint, {name} here{hint}")
+        if not rawbytes.fillable(tensor):
+            raise holdings.mismatched("several of its elements share one place in memory; give a copy")
+        if chosen is None:
+            shard = Shard.of(Region.whole(entry.shape))
+        else:
+            if chosen.shape is not None and chosen.shape != entry.shape:
+                raise holdings.mismatched(f"shape {entry.shape} in the checkpoint, {chosen.shape} here")
+            shard = chosen.layout.shard(entry.shape, self._crew.rank)
+            if shard.partial:
+                raise holdings.mismatched(f"layout {chosen.layout} is partial; load into a layout that is not")
+        if not holdings.fits(tuple(tensor.shape), shard):
+            whole = "" if chosen is None else f", of which {chosen.layout} gives rank {self._crew.rank} {shard.shape}"
+            raise holdings.mismatched(f"shape {entry.shape} in the checkpoint{whole}, {tuple(tensor.shape)} here")
+        return shard
+
+    def _judge(self, reader: Reader, told: Iterable[_Misfits], unexpected: tuple[str, ...]) -> None:
+        missing: dict[str, str] = {}
+        mismatched: dict[str, str] = {}
+        for one in told:
+            missing |= one.missing
+            mismatched |= one.mismatched
+        strict = self._options.strict
+        if mismatched or (strict and (missing or unexpected)):
+            raise holdings.mismatch(
+                f"step {reader.manifest.step} of {reader.store.url} is not what is to be filled",
+                missing=missing if strict else {},
+                unexpected=dict.fromkeys(unexpected, "") if strict else {},
+                mismatched=mismatched,
+            )
+
+    def _fill(self, reader: Reader, wanted: dict[str, Tensor], shards: dict[str, Shard], into: dict[str, Any]) -> int:
+        """Bytes that were read."""
+        read = 0
+        try:
+            read = self._fill_tensors(reader, {key: wanted[key] for key in shards}, shards)
+        except RingholdError as error:
+            self._error = error
+        rows = self._crew.gather(b"" if self._error is None else str(self._error).encode())
+        self._raise({rank: row.decode() for rank, row in rows.items()})
+        fill(into, reader.manifest.state, write=True)
+        return read
+
+    def _fill_tensors(self, reader: Reader, wanted: dict[str, Tensor], shards: dict[str, Shard]) -> int:
+        targets: dict[Chunk, list[_Target]] = defaultdict(list)
+        for key, tensor in wanted.items():
+            entry = reader.tensors[key]
+            for index, target in _targets(entry.boxes, entry.dtype, tensor, shards[key]):
+                targets[reader.manifest.chunks[entry.chunks[index]]].append(target)
+        threads = self._options.threads or (min(4, os.cpu_count() or 1) if self._crew.size == 1 else 1)
+        plan = bursts(list(targets), min(BURST, self._options.memory // threads // _SHARE))
+
+        def work(burst: Burst) -> None:
+            for chunk, raw in reader.fetch(burst):
+                for target in targets[chunk]:
+                    tensors.put(
+                        raw, target.dtype, target.chunk_box.shape, inside(target.box, target.chunk_box), target.view
+                    )
+
+        if threads == 1:
+            for burst in plan:
+                work(burst)
+        else:
+            with ThreadPoolExecutor(threads, "ringhold-load") as pool:
+                for _ in pool.map(work, plan):
+                    pass
+        for tensor in wanted.values():
+            tensors.changed(tensor)
+        return sum(burst.length for burst in plan)
+
+    def _raise(self, told: Mapping[int, str]) -> None:
+        """Raise this rank's own error, or say whose it was."""
+        if self._error is not None:
+            raise self._error
+        for rank, text in told.items():
+            if text:
+                raise StorageFailed(f"rank {rank} cannot load: {text}")
+
+    def _report(
+        self, reader: Reader, shards: dict[str, Shard], read: int, missing: tuple[str, ...], unexpected: tuple[str, ...]
+    ) -> LoadReport:
+        entries = reader.tensors
+        return LoadReport(
+            step=reader.manifest.step,
+            metadata=reader.manifest.metadata,
+            tensors=len(shards),
+            nbytes=sum(shard.size * tensors.torch_dtype(entries[key].dtype).itemsize for key, shard in shards.items()),
+            read=read,
+            missing=missing,
+            unexpected=unexpected,
+            seconds=time.perf_counter() - self._started,
+        )
+
+
+def _targets(grid: Any, dtype: str, tensor: Tensor, shard: Shard) -> Iterator[tuple[int, _Target]]:
+    """The chunks that a shard needs, and where in its tensor each goes."""
+    for box, view in tensors.views(tensor, shard):
+        for index in grid.touching(box):
+            part = grid.box(index)
+            both = part.intersect(box)
+            yield index, _Target(part, both, dtype, view[inside(both, box)])
