@@ -84,8 +84,8 @@ class Communicator(Collectives, PointToPoint):
             token: the shared secret; None: RINGHOLD_TOKEN, else the file that RINGHOLD_TOKEN_FILE names.
             transport: "gloo" (torch's gloo carries the bulk; "gloo:4": over four connections a pair), "sockets" (our
                 own links do: Unix-domain sockets within a host, TCP between), "shm" (members of one host read each
-                other's memory) or "mpi"; the same for all members. "emulated:" before it shapes the links as the
-                topology of the options says.
+                other's memory) or "mpi"; the same for all members. "checked:" before one of the first two gives tensor
+                data checksums, "emulated:" before all of it shapes the links as the topology of the options says.
             options: see `Options`.
             on_event: as `on_event`, from the start.
 
