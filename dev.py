@@ -5,7 +5,8 @@ Makes the virtual environment .venv beside this file if there is none, installs 
 constraints.txt (again only when pyproject.toml or constraints.txt changed), and runs:
 
     demo [ARGS]   ringhold demo: the training run that lives through churn
-    test [ARGS]   the whole test suite (pytest ARGS), also over MPICH, which gets an environment of its own: .venv-mpich
+    test [ARGS]   the whole test suite (pytest ARGS); MPICH, and the libraries whose checkpoints are converted, get
+                  environments of their own: .venv-mpich, .venv-foreign
     lint          ruff and mypy --strict
     run ARGS      any command of the environment, such as `run ringhold --help`
 """
@@ -21,12 +22,16 @@ ROOT = Path(__file__).resolve().parent
 HOME = Path(os.environ.get("RINGHOLD_VENV", ROOT / ".venv"))
 PYTHON = HOME / "bin" / "python"
 MPICH = Path(os.environ.get("RINGHOLD_MPICH", ROOT / ".venv-mpich"))
+FOREIGN = Path(os.environ.get("RINGHOLD_FOREIGN", ROOT / ".venv-foreign"))
 PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt")
 EXTRAS = {"demo": "", "run": "", "test": "[test,mpi]", "lint": "[dev,mpi]"}
 
 
-def install(home: Path, name: str, *wanted: str) -> None:
-    """Bring an environment up to date with pyproject.toml and constraints.txt: what pip is to install, by `name`."""
+def install(home: Path, name: str, *runs: list[str], linked: bool = False, **environ: str) -> None:
+    """Bring an environment up to date with pyproject.toml and constraints.txt: what pip is to install, run by run.
+
+    `linked`: it finds what it has not got in the first environment, already while pip looks for what is missing.
+    """
     files = hashlib.sha256(b"".join((ROOT / n).read_bytes() for n in ("pyproject.toml", "constraints.txt")))
     stamp = home / f"ringhold-{name}.stamp"
     if stamp.exists() and stamp.read_text() == files.hexdigest():
@@ -35,17 +40,37 @@ def install(home: Path, name: str, *wanted: str) -> None:
     if not python.exists():
         print(f"making the virtual environment {home}", file=sys.stderr)
         venv.create(home, with_pip=True)
-    print(f"installing {' '.join(wanted)} (the first time this takes a minute or two)", file=sys.stderr)
-    subprocess.run([python, *PIP, *wanted], cwd=ROOT, check=True)
+    if linked:
+        link(home)
+    print(f"installing {' '.join(map(' '.join, runs))} (the first time this takes a minute or two)", file=sys.stderr)
+    for run in runs:
+        subprocess.run([python, *PIP, *run], cwd=ROOT, env=os.environ | environ, check=True)
     stamp.write_text(files.hexdigest())
+
+
+def link(home: Path) -> None:
+    """Let an environment find what it has not got in the first."""
+    (packages,) = (home / "lib").glob("python*/site-packages")
+    (first,) = (HOME / "lib").glob("python*/site-packages")
+    (packages / "ringhold.pth").write_text(f"import site; site.addsitedir({str(first)!r})\n")
 
 
 def install_mpich() -> None:
     """Make the second environment: MPICH's commands have the names of Open MPI's. All else it finds in the first."""
-    install(MPICH, "mpich", "mpi4py", "mpich")
-    (packages,) = (MPICH / "lib").glob("python*/site-packages")
-    (first,) = (HOME / "lib").glob("python*/site-packages")
-    (packages / "ringhold.pth").write_text(f"import site; site.addsitedir({str(first)!r})\n")
+    install(MPICH, "mpich", ["mpi4py", "mpich"])
+    link(MPICH)
+
+
+def install_foreign() -> None:
+    """Make the third environment: DeepSpeed and Megatron-Core, to load what was converted for them.
+
+    DeepSpeed is built against the torch that is installed, without its extensions; Megatron-Core's own list of
+    requirements would bring what only GPUs need.
+    """
+    build = ["setuptools", "wheel", "ninja", "packaging", "py-cpuinfo", "psutil"]
+    deepspeed = ["--no-build-isolation", "deepspeed"]
+    megatron = ["--no-deps", "megatron-core"]
+    install(FOREIGN, "foreign", build, deepspeed, megatron, linked=True, DS_BUILD_OPS="0", DS_ACCELERATOR="cpu")
 
 
 def commands(name: str, args: list[str]) -> list[list[str | Path]]:
@@ -70,9 +95,10 @@ def main() -> int:
         return 0 if name in ("-h", "--help") else 2
     try:
         extras = EXTRAS[name]
-        install(HOME, extras.strip("[]") or "base", "-e", f".{extras}")
+        install(HOME, extras.strip("[]") or "base", ["-e", f".{extras}"])
         if name == "test":
             install_mpich()
+            install_foreign()
     except subprocess.CalledProcessError as error:
         print(f"dev.py: installing failed ({error.returncode}); the lines above say why", file=sys.stderr)
         return 2
