@@ -110,3 +110,19 @@ class File:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class Memory(File):
+    """Bytes that are read like a file: an item of `path` that was unpacked."""
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.path, self.size, self._data = path, len(data), data
+
+    def read_into(self, offset: int, out: Any) -> None:
+        """Fill a buffer from `offset` on. `CorruptFile`: the bytes end before."""
+        view = memoryview(out).cast("B")
+        self._check(offset, len(view))
+        view[:] = self._data[offset : offset + len(view)]
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -77,9 +77,21 @@ class Source(Protocol):
     """
 
     format: str
-    entries: Mapping[str, Entry]
-    groups: Sequence[Group]
-    extras: Mapping[str, Any]
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Tensors by key, in the order of the model."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """Parameter groups of the optimizer, in its order; none without an optimizer."""
+        ...
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """All that is no tensor (see above)."""
+        ...
 
     def read(self, key: str, box: Region) -> Bytes:
         """Raw little-endian row-major bytes of a box of a tensor; the caller may keep and change them.

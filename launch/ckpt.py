@@ -9,6 +9,10 @@ from launch.lazy import LazyGroup
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "ls": ("launch.ckpt_ls:command", "List the steps of a store."),
+    "inspect": ("launch.ckpt_inspect:command", "Show the tensors, layouts and sizes of a step."),
+    "verify": ("launch.ckpt_verify:command", "Read every byte and prove it."),
+    "convert": ("launch.ckpt_convert:command", "Convert a checkpoint of one format into another."),
+    "gc": ("launch.ckpt_gc:command", "Remove steps that are not to be kept, and what nobody needs."),
 }
 """Name of each subcommand: where it is, and its line in the help."""
 

@@ -29,7 +29,7 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_(\d+)_model_states\.pt")
 _EXPERT_NAME = re.compile(r"(.*deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
-_OWN_KEYS = frozenset({
+OWN_KEYS = frozenset({
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments",
     "shared_params", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps", "global_samples",
     "dp_world_size", "mp_world_size", "ds_config", "ds_version", "checkpoint_parallel_dimensions",
@@ -115,7 +115,7 @@ class _Reader:
         models = {rank: self.first if rank == 0 else self._load(self.model[rank, 0]) for rank in range(self.ranks)}
         for model in models.values():
             self.shared |= model.value.get("shared_params") or {}
-            self.stepped |= {name for row in _rows(model.value.get("param_shapes")) for name in row}
+            self.stepped |= {name for row in shape_rows(model.value.get("param_shapes")) for name in row}
         shards = [self._shard(rank, models[rank]) for rank in range(self.ranks)]
         source = Gathered("deepspeed", self.files)
         for name, states in self._united(shards).items():
@@ -129,8 +129,8 @@ class _Reader:
         shard = _Shard()
         optims = self._optim_files(rank)
         stage3 = bool(optims) and "fp32_flat_groups" in optims[0].value["optimizer_state_dict"]
-        rows = _rows(model.value.get("param_shapes"))
-        shard.shapes = {name: _ints(shape) for row in rows for name, shape in row.items()}
+        rows = shape_rows(model.value.get("param_shapes"))
+        shard.shapes = {name: shape_of(shape) for row in rows for name, shape in row.items()}
         if stage3:
             _Zero3(str(self.folder), shard, optims, rows).read()
         elif optims:
@@ -177,17 +177,17 @@ class _Reader:
             elif not stage3:
                 shard.put(name, FROZEN if self.optim else PARAM, tensor)
         for name, shape in (value.get("frozen_param_shapes") or {}).items():
-            shard.put(name, FROZEN, self._frozen(rank, name, _ints(shape), value, model, stage3))
+            shard.put(name, FROZEN, self._frozen(rank, name, shape_of(shape), value, model, stage3))
 
     def _frozen(
         self, rank: int, name: str, shape: tuple[int, ...], value: Mapping[str, Any], model: TorchFile, stage3: bool
     ) -> Lazy:
         if not stage3:
-            return _tensor(model, value["frozen_param_fragments"].get(name), name)
+            return tensor_of(model, value["frozen_param_fragments"].get(name), name)
         runs, at, total = [], 0, math.prod(shape)
         for dp in sorted(dp for mp, dp in self.model if mp == rank):
             file = self._load(self.model[rank, dp])
-            piece = _tensor(file, (file.value.get("frozen_param_fragments") or {}).get(name), name)
+            piece = tensor_of(file, (file.value.get("frozen_param_fragments") or {}).get(name), name)
             length = min(piece.size, total - at)
             runs.append((at, piece.flat(0, length)))
             at += length
@@ -199,11 +199,11 @@ class _Reader:
         module = value.get("module")
         if module is None:
             return self._layer_tensors(rank, shard)
-        found = [(name, _tensor(model, ref, name)) for name, ref in module.items() if isinstance(ref, TensorRef)]
+        found = [(name, tensor_of(model, ref, name)) for name, ref in module.items() if isinstance(ref, TensorRef)]
         for mp, file_name in self.experts:
             if mp == rank % self.tp:
                 file = self._load(file_name)
-                found += [(n, _tensor(file, ref, n)) for n, ref in file.value.items() if isinstance(ref, TensorRef)]
+                found += [(n, tensor_of(file, ref, n)) for n, ref in file.value.items() if isinstance(ref, TensorRef)]
         return found
 
     def _layer_tensors(self, rank: int, shard: _Shard) -> list[tuple[str, Stored]]:
@@ -221,7 +221,7 @@ class _Reader:
                 name = ties[0] if ties and own not in self.stepped else own
                 # A frozen parameter is in no stage's list; the first stage answers for all of them.
                 if name in shard.shapes or (name not in self.stepped and rank < self.tp):
-                    found.setdefault(name, _tensor(file, ref, name))
+                    found.setdefault(name, tensor_of(file, ref, name))
         return list(found.items())
 
     def _united(self, shards: Sequence[_Shard]) -> dict[str, dict[str, Lazy]]:
@@ -262,7 +262,7 @@ class _Reader:
         value, left_out = self.first.value, []
         known = {"iteration": value.get("global_steps"), "scheduler": value.get("lr_scheduler")}
         known["ds_config"] = value.get("ds_config")
-        known["client_state"] = {key: item for key, item in value.items() if key not in _OWN_KEYS} or None
+        known["client_state"] = {key: item for key, item in value.items() if key not in OWN_KEYS} or None
         known["universal_checkpoint_info"] = value.get("universal_checkpoint_info")
         for key in ("global_samples", "skipped_steps", "ds_version"):
             known[key] = value.get(key)
@@ -298,7 +298,7 @@ class _Zero12:
             flats = [_flat_states(file, group) for file in self.files]
             expert = bool(option.get("moe")) or self._count(states[0], group) < len(self.files)
             names = self._group(group, flats, [mapping[group] for mapping in mappings], expert, states[0])
-            self.shard.options.append(_options(option, self.files[0]))
+            self.shard.options.append(options_of(option, self.files[0]))
             self.shard.groups.append(names)
 
     def _count(self, state: Mapping[str, Any], group: int) -> int:
@@ -321,7 +321,7 @@ class _Zero12:
             for name, shape in self.shapes[group].items():
                 whole = _global_expert(name, index * local)
                 names.append(whole)
-                self.shard.shapes[whole] = _ints(shape)
+                self.shard.shapes[whole] = shape_of(shape)
                 self._param(name, whole, [(flats[r], mappings[r]) for r in ranks])
         return names
 
@@ -378,11 +378,11 @@ class _Zero3:
         for index, row in enumerate(self.shapes):
             offset = 0
             for name, shape in row.items():
-                offset += self._param(name, _ints(shape), [flat[index] for flat in flats], offset)
+                offset += self._param(name, shape_of(shape), [flat[index] for flat in flats], offset)
         options = first.get("optimizer_state_dict", {}).get("param_groups", [])
         for option in options:
             rows = [index for index in option.get("params", ()) if index < len(self.shapes)]
-            self.shard.options.append(_options(option, self.files[0]))
+            self.shard.options.append(options_of(option, self.files[0]))
             self.shard.groups.append([name for index in rows for name in self.shapes[index]])
 
     def _param(
@@ -433,7 +433,7 @@ def _plain_optimizer(shard: _Shard, model: TorchFile, where: str, aliases: dict[
             for key, value in (inner["state"].get(index) or {}).items():
                 _put(shard, name, key, value, model)
             stepped.add(name)
-        shard.options.append(_options(group, model))
+        shard.options.append(options_of(group, model))
         shard.groups.append(list(names))
     _settle(shard, shapes, stepped, aliases)
 
@@ -442,24 +442,24 @@ def _flat_groups(
     shard: _Shard, model: TorchFile, flat: Any, inner: Any, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
     """The fp16 optimizer: a group's parameters one behind the other in one flat master, in the order of the group."""
-    totals = [_tensor(model, ref, "fp32_groups_flat").size for ref in flat]
+    totals = [tensor_of(model, ref, "fp32_groups_flat").size for ref in flat]
     if len(flat) != 1 or totals[0] != sum(map(math.prod, shapes.values())):
         raise PiecesMissing(
             f"{where}: the 16-bit optimizer without ZeRO keeps {len(flat)} groups without names of their parameters, "
             f"which cannot be told apart; save it with ZeRO stage 1"
         )
-    master = _tensor(model, flat[0], "fp32_groups_flat")
+    master = tensor_of(model, flat[0], "fp32_groups_flat")
     state = inner["state"].get(0) or {}
     at = 0
     for name, shape in shapes.items():
         count = math.prod(shape)
         for key, ref in {FP32: flat[0], **state}.items():
             if isinstance(ref, TensorRef) and math.prod(ref.shape) == master.size:
-                shard.put(name, key, Flat(name, shape, [(0, _tensor(model, ref, key).flat(at, at + count))]))
+                shard.put(name, key, Flat(name, shape, [(0, tensor_of(model, ref, key).flat(at, at + count))]))
             else:
                 _put(shard, name, key, ref, model)
         at += count
-    shard.options.append(_options(inner["param_groups"][0], model))
+    shard.options.append(options_of(inner["param_groups"][0], model))
     shard.groups.append(list(shapes))
 
 
@@ -491,7 +491,7 @@ def _slot_shape(state: Any) -> tuple[int, ...] | None:
 
 def _put(shard: _Shard, name: str, key: str, value: Any, file: TorchFile) -> None:
     if isinstance(value, TensorRef):
-        shard.put(name, key, _tensor(file, value, name))
+        shard.put(name, key, tensor_of(file, value, name))
     elif isinstance(value, int | float):
         shard.put(name, key, scalar(value))
 
@@ -499,7 +499,7 @@ def _put(shard: _Shard, name: str, key: str, value: Any, file: TorchFile) -> Non
 def _flat_states(file: TorchFile, group: int) -> dict[str, Stored | float]:
     """The flat tensors of a group on one rank, and its step."""
     state = file.value["optimizer_state_dict"]
-    found: dict[str, Stored | float] = {FP32: _tensor(file, state["single_partition_of_fp32_groups"][group], FP32)}
+    found: dict[str, Stored | float] = {FP32: tensor_of(file, state["single_partition_of_fp32_groups"][group], FP32)}
     base = state.get("base_optimizer_state")
     if isinstance(base, dict):
         options = base.get("param_groups") or [{}] * (group + 1)
@@ -514,7 +514,7 @@ def _zero3_states(file: TorchFile, index: int) -> dict[str, Stored | float]:
     flats = state["fp32_flat_groups"]
     if index >= len(flats):
         raise CorruptFile(f"{file.file.path}: it has {len(flats)} flat groups, and the model states name more")
-    found: dict[str, Stored | float] = {FP32: _tensor(file, flats[index], FP32)}
+    found: dict[str, Stored | float] = {FP32: tensor_of(file, flats[index], FP32)}
     inner = state.get("optimizer_state_dict") or {}
     group: Mapping[str, Any] = next((g for g in inner.get("param_groups", ()) if index in g.get("params", ())), {})
     return found | _states(file, (inner.get("state") or {}).get(index), group)
@@ -524,43 +524,46 @@ def _states(file: TorchFile, state: Any, option: Mapping[str, Any]) -> dict[str,
     found: dict[str, Stored | float] = {}
     for key, value in (state or {}).items():
         if isinstance(value, TensorRef) and value.shape:
-            found[str(key)] = _tensor(file, value, str(key))
+            found[str(key)] = tensor_of(file, value, str(key))
         elif isinstance(value, TensorRef):
-            found[str(key)] = _number(file, value)
+            found[str(key)] = number(file, value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[str(key)] = float(value)
     if STEP not in found and found and (step := option.get(STEP)) is not None:
-        found[STEP] = _number(file, step) if isinstance(step, TensorRef) else float(step)
+        found[STEP] = number(file, step) if isinstance(step, TensorRef) else float(step)
     return found
 
 
-def _number(file: TorchFile, ref: TensorRef) -> float:
+def number(file: TorchFile, ref: TensorRef) -> float:
+    """Return a tensor of one element as a number."""
     from checkpoint.dtypes import NUMPY
 
     stored = file.stored(ref)
     return float(stored.whole().view(NUMPY[stored.dtype])[0])
 
 
-def _options(option: Mapping[str, Any], file: TorchFile) -> dict[str, Any]:
+def options_of(option: Mapping[str, Any], file: TorchFile) -> dict[str, Any]:
     """A group's hyperparameters as JSON."""
     kept = {key: value for key, value in option.items() if key not in ("params", "param_names", STEP)}
     found, _ = file.json(kept, "param_groups")
     return dict(found)
 
 
-def _tensor(file: TorchFile, ref: Any, name: str) -> Stored:
+def tensor_of(file: TorchFile, ref: Any, name: str) -> Stored:
+    """Return the elements of a tensor. `CorruptFile`: it is none."""
     if not isinstance(ref, TensorRef):
         raise CorruptFile(f"{file.file.path}: {name} is no tensor")
     return file.stored(ref)
 
 
-def _rows(shapes: Any) -> list[dict[str, Any]]:
+def shape_rows(shapes: Any) -> list[dict[str, Any]]:
     """`param_shapes`: a list of one dict for each group."""
     rows = shapes if isinstance(shapes, list) else [shapes] if shapes else []
     return [dict(row) for row in rows]
 
 
-def _ints(shape: Any) -> tuple[int, ...]:
+def shape_of(shape: Any) -> tuple[int, ...]:
+    """Return a shape. `CorruptFile`: it is none."""
     if not isinstance(shape, tuple | list) or any(type(n) is not int or n < 0 for n in shape):
         raise CorruptFile(f"a checkpoint gives {shape!r} for a shape")
     return tuple(shape)

@@ -1,0 +1,175 @@
+"""Reads folders of torch.distributed.checkpoint: FSDP2, FSDP with tensor parallelism, any state that torch saved so.
+
+Tensors under `model` are those of the model; under `optim` (or `optimizer`) is what `get_optimizer_state_dict` gives:
+nested (`state.NAME.exp_avg`, `param_groups.0.lr`) or flattened (`state.NAME.exp_avg`, `param_groups.NAME.lr`), where
+groups are found again as parameters with the same options. A state dict of a model alone has no prefix. The rest is
+extras. Found by `checkpoint.formats.detect`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from checkpoint.dtypes import FLOATS
+from checkpoint.files import Files
+from checkpoint.formats.dcp_metadata import METADATA, Metadata
+from checkpoint.formats.gathered import Gathered
+from checkpoint.language import Spec
+from checkpoint.lazy import Lazy
+from checkpoint.source import FP32, PARAM, Entry, Group, blocks
+
+_MODEL = ("model", "app.model", "state_dict")
+_OPTIM = ("optim", "optimizer", "optimizers")
+_STATE, _GROUPS = "state", "param_groups"
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether a folder holds such a checkpoint."""
+    return (folder / METADATA).is_file()
+
+
+def read(folder: Path, spec: Spec | None = None) -> Gathered:
+    """Open a folder. Tensors are whole already, so `spec` has only names to add.
+
+    Raises:
+        CorruptFile, UnknownPickle, PiecesMissing, Unreadable: it cannot be read whole.
+
+    """
+    files = Files()
+    try:
+        return _Reader(folder, files).gather()
+    except BaseException:
+        files.close()
+        raise
+
+
+class _Reader:
+    def __init__(self, folder: Path, files: Files) -> None:
+        self.metadata = Metadata(folder, files)
+        self.source = Gathered("dcp", files)
+        keys = [*self.metadata.tensors, *self.metadata.objects]
+        self.model = next((p for p in _MODEL if any(key.startswith(p + ".") for key in keys)), None)
+        self.optim = next(
+            (p for p in _OPTIM if any(key.startswith((p + ".state.", p + ".param_")) for key in keys)), None
+        )
+        self.names = [self._model_name(key) for key in self.metadata.tensors]
+
+    def _model_name(self, key: str) -> str | None:
+        """The name of a tensor of the model; None for another one."""
+        if self.model is not None:
+            return key.removeprefix(self.model + ".") if key.startswith(self.model + ".") else None
+        return None if self.optim is not None and key.startswith(self.optim + ".") else key
+
+    def gather(self) -> Gathered:
+        """Put everything together."""
+        model = {key: name for key in self.metadata.tensors if (name := self._model_name(key)) is not None}
+        floats = {self.metadata.tensors[key].dtype for key in model} & FLOATS
+        state = FP32 if floats <= {"F32", "F64"} else PARAM
+        moments = self._moments(set(model.values()))
+        for key, name in model.items():
+            self.source.add(name, state, self.metadata.tensor(key))
+            for moment, tensor in moments.pop(name, {}).items():
+                self.source.add(name, moment, tensor)
+        for name, states in moments.items():
+            for moment, tensor in states.items():
+                self.source.add(name, moment, tensor)
+        self.source.groups = self._groups(list(dict.fromkeys(model.values())))
+        self._extras(model)
+        return self.source
+
+    def _moments(self, names: set[str]) -> dict[str, dict[str, Lazy]]:
+        """States of the optimizer by parameter: the key ends in the state, what is between is the name."""
+        found: dict[str, dict[str, Lazy]] = {}
+        prefix = f"{self.optim}.{_STATE}."
+        for key in self.metadata.tensors:
+            if self.optim is not None and key.startswith(prefix):
+                name, _, state = key.removeprefix(prefix).rpartition(".")
+                found.setdefault(name, {})[state] = self.metadata.tensor(key)
+        return found
+
+    def _groups(self, names: list[str]) -> list[Group]:
+        if self.optim is None:
+            return []
+        prefix = f"{self.optim}.{_GROUPS}."
+        rows: dict[str, dict[str, Any]] = {}
+        for key in self.metadata.objects:
+            if key.startswith(prefix):
+                owner, _, option = key.removeprefix(prefix).rpartition(".")
+                rows.setdefault(owner, {})[option] = self._value(key)
+        for key in self.metadata.tensors:  # a learning rate may be a tensor
+            if key.startswith(prefix):
+                owner, _, option = key.removeprefix(prefix).rpartition(".")
+                rows.setdefault(owner, {})[option] = _number(self.metadata.tensor(key))
+        if rows and all(owner.isdecimal() and "params" in row for owner, row in rows.items()):
+            ordered = [row for _, row in sorted(rows.items(), key=lambda item: int(item[0]))]
+            return [Group(tuple(map(str, row.pop("params"))), row) for row in ordered]
+        return _regrouped(rows, names)
+
+    def _value(self, key: str) -> Any:
+        value, file = self.metadata.object(key)
+        found, left_out = file.json(value, key)
+        self.source.extras.setdefault("left_out", []).extend(left_out)
+        return found
+
+    def _extras(self, model: dict[str, str]) -> None:
+        """Everything that is neither model nor optimizer, as nested values."""
+        for key in self.metadata.objects:
+            if self.optim is not None and key.startswith(self.optim + "."):
+                continue
+            path = self.metadata.paths.get(key) or tuple(key.split("."))
+            _put(self.source.extras, path, self._value(key))
+        extra = self.source.extras.get("extra")
+        if isinstance(extra, dict):
+            for ours, theirs in (("iteration", "step"), ("scheduler", "lr_sched")):
+                if theirs in extra:
+                    self.source.extras.setdefault(ours, extra[theirs])
+        self.source.extras["tied"] = _tied(self.metadata, model, self.source)
+        if not self.source.extras.get("left_out"):
+            self.source.extras.pop("left_out", None)
+
+
+def _regrouped(rows: dict[str, dict[str, Any]], names: list[str]) -> list[Group]:
+    """Groups of a flattened state: parameters with the same options, in the order of the model."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for name in (*(name for name in names if name in rows), *(name for name in rows if name not in set(names))):
+        options = {key: value for key, value in rows[name].items() if key != "params"}
+        found.setdefault(repr(sorted(options.items())), ([], options))[0].append(name)
+    return [Group(tuple(members), options) for members, options in found.values()]
+
+
+def _put(nest: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
+    for part in path[:-1]:
+        inner = nest.setdefault(str(part), {})
+        if not isinstance(inner, dict):
+            return
+        nest = inner
+    nest[str(path[-1])] = value
+
+
+def _tied(metadata: Metadata, model: dict[str, str], source: Gathered) -> list[list[str]]:
+    """Names of one tensor: of one place in the files, or a copy of which the optimizer knows only the other."""
+    places: dict[Any, list[str]] = {}
+    for key, name in model.items():
+        places.setdefault(tuple(chunk.item for chunk in metadata.tensors[key].chunks), []).append(name)
+    found = [names for items, names in places.items() if items and len(names) > 1]
+    stepped = {name for group in source.groups for name in group.names}
+    entries = {entry.name: entry for entry in source.entries.values() if entry.state in (FP32, PARAM)}
+    for name, entry in entries.items():
+        if stepped and name not in stepped and entry.dtype in FLOATS:
+            twins = [
+                other
+                for other in (entries[n] for n in entries if n in stepped)
+                if (other.dtype, other.shape) == (entry.dtype, entry.shape) and _equal(source, entry, other)
+            ]
+            found += [[twin.name, name] for twin in twins[:1]]
+    return found
+
+
+def _equal(source: Gathered, a: Entry, b: Entry) -> bool:
+    """Whether two tensors of one shape hold the same bytes; stops at the first difference."""
+    return all(bool((source.read(a.key, box) == source.read(b.key, box)).all()) for box in blocks(a, 1 << 20))
+
+
+def _number(tensor: Lazy) -> Any:
+    from checkpoint.formats.dcp_metadata import number
+
+    return number(tensor)
