@@ -1,7 +1,7 @@
 """The ranks that save or load together, by the numbers that they had when it began, whatever becomes of them.
 
-`checkpoint.saving` and `checkpoint.loading` speak to a `Crew`; it is a communicator's sub-group in a lane of its own, or one
-process alone. Layouts name ranks of the communicator; a rank that dies keeps its number, and nobody else gets it.
+`checkpoint.saving` and `checkpoint.loading` speak to a `Crew`; it is a communicator's sub-group in a lane of its own,
+or one process alone. Layouts name ranks of the communicator; a rank that dies keeps its number, and nobody gets it.
 """
 
 from collections.abc import Mapping

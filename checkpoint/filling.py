@@ -1,7 +1,7 @@
 """Plain values of a checkpoint, put into a nested state in place; the tensors are filled elsewhere.
 
-`checkpoint.loading` calls it twice: first to hear what is missing, then to write. Dicts and lists that are there are kept,
-so that whoever holds them sees the new values.
+`checkpoint.loading` calls it twice: first to hear what is missing, then to write. Dicts and lists that are there are
+kept, so that whoever holds them sees the new values.
 """
 
 from typing import Any

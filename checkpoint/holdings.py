@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from checkpoint import nest
 from checkpoint.nest import Json
 from collectives.errors import LayoutMismatch, UsageError
 from parallel.layout import Flat, Layout, Mesh, Partial, Shard, Split
@@ -190,20 +191,18 @@ def merge_states(states: Mapping[int, Json]) -> Json:
 
 
 def _united(one: Json, other: Json, path: str, rank: int, wrong: dict[str, str]) -> Json:
-    if isinstance(one, dict) and isinstance(other, dict) and not _is_tag(one) and not _is_tag(other):
-        return {
-            key: _united(one[key], other[key], f"{path}/{key}" if path else key, rank, wrong)
-            if key in one and key in other
-            else one.get(key, other.get(key))
-            for key in dict.fromkeys([*one, *other])
-        }
-    if one != other or type(one) is not type(other):
-        wrong.setdefault(path, f"rank {rank} has another than the ranks before it")
-    return one
-
-
-def _is_tag(node: dict[str, Json]) -> bool:
-    return len(node) == 1 and next(iter(node)).startswith("$")
+    mine, theirs = nest.items_of(one), nest.items_of(other)
+    if mine is None or theirs is None:
+        if one != other or type(one) is not type(other):
+            wrong.setdefault(path, f"rank {rank} has another than the ranks before it")
+        return one
+    united = {
+        key: _united(mine[key], theirs[key], nest.join(path, key), rank, wrong)
+        if key in mine and key in theirs
+        else mine.get(key, theirs.get(key))
+        for key in dict.fromkeys([*mine, *theirs])
+    }
+    return nest.dict_of(united)
 
 
 def chooser(layouts: Layouts) -> Callable[[str], Sharded | None]:

@@ -113,7 +113,7 @@ def load(
         CorruptChunk: bytes are not what was saved; on every rank. Some tensors may be filled already.
 
     """
-    return _Load(path, crew_of(comm, LANE), options or LoadOptions()).run(into, layouts, step)
+    return Loading(path, crew_of(comm, LANE), options or LoadOptions()).run(into, layouts, step)
 
 
 def load_state(
@@ -164,8 +164,8 @@ class _Target(NamedTuple):
     view: Tensor
 
 
-class _Load:
-    """One load of one rank."""
+class Loading:
+    """One load of one rank; `load` without the choice of the crew."""
 
     def __init__(self, path: str | os.PathLike[str], crew: Crew, options: LoadOptions) -> None:
         self._started = time.perf_counter()

@@ -63,6 +63,27 @@ def tensor_keys(nest: Json) -> list[str]:
     return found
 
 
+def dict_of(items: dict[str | int, Json]) -> Json:
+    """The JSON of a dict whose values are JSON already."""
+    if all(isinstance(key, str) and not key.startswith("$") for key in items):
+        return items
+    return {"$dict": [list(item) for item in items.items()]}
+
+
+def items_of(node: Json) -> dict[str | int, Json] | None:
+    """The items of a node that is a dict; None if it is none. Only for what `take_apart` made."""
+    if not isinstance(node, dict):
+        return None
+    if len(node) == 1 and (tag := next(iter(node))).startswith("$"):
+        return dict(node[tag]) if tag == "$dict" else None
+    return node
+
+
+def join(prefix: str, part: str | int) -> str:
+    """The key of what lies in another."""
+    return f"{prefix}/{key_of((part,))}" if prefix else key_of((part,))
+
+
 def _pack(value: Any, path: Path, is_tensor: Callable[[Any], bool], tensors: dict[str, Any]) -> Json:
     if len(path) > MAX_DEPTH:
         raise UsageError(
@@ -75,10 +96,7 @@ def _pack(value: Any, path: Path, is_tensor: Callable[[Any], bool], tensors: dic
         tensors[key] = value
         return {"$tensor": key}
     if isinstance(value, dict):
-        items = [(_key(key, path), _pack(item, (*path, key), is_tensor, tensors)) for key, item in value.items()]
-        if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
-            return dict(items)
-        return {"$dict": [list(item) for item in items]}
+        return dict_of({_key(key, path): _pack(item, (*path, key), is_tensor, tensors) for key, item in value.items()})
     if type(value) in (list, tuple):
         listed = [_pack(item, (*path, index), is_tensor, tensors) for index, item in enumerate(value)]
         return listed if type(value) is list else {"$tuple": listed}

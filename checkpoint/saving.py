@@ -122,7 +122,7 @@ def save(
     chosen = options or SaveOptions()
     crew = crew_of(comm, LANE)
     with Store(path) as store:
-        return _Save(store, crew, chosen).run(state, layouts, step, metadata or {})
+        return Saving(store, crew, chosen).run(state, layouts, step, metadata or {})
 
 
 class _Opening(msgspec.Struct, frozen=True):
@@ -153,8 +153,8 @@ class _Progress:
     written: dict[int, Written] = field(default_factory=dict)
 
 
-class _Save:
-    """One save of one rank."""
+class Saving:
+    """One save of one rank; `save` without the choice of store and crew."""
 
     def __init__(self, store: Store, crew: Crew, options: SaveOptions) -> None:
         self._started = time.perf_counter()
