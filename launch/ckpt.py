@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("launch.ckpt_inspect:command", "Show the tensors, layouts and sizes of a step."),
     "verify": ("launch.ckpt_verify:command", "Read every byte and prove it."),
     "convert": ("launch.ckpt_convert:command", "Convert a checkpoint of one format into another."),
+    "diff": ("launch.ckpt_diff:command", "Say which tensors of two checkpoints differ, and by how much."),
     "gc": ("launch.ckpt_gc:command", "Remove steps that are not to be kept, and what nobody needs."),
 }
 """Name of each subcommand: where it is, and its line in the help."""

@@ -11,16 +11,14 @@ its own. A job of any other size loads them too.
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from checkpoint.convert import WriteOptions
 from checkpoint.formats.dcp_files import Item, StatePath, Whole, metadata, write_files
 from checkpoint.source import WEIGHTS, Entry, Source, states_by_name, weight_key
 from checkpoint.torch_file import saved_box
 from collectives.errors import UsageError
 from collectives.region import Region
-
-if TYPE_CHECKING:
-    from checkpoint.convert import WriteOptions
 
 _FILES = 4
 """Files that are written where the layout asks for fewer: they can be written at once."""
@@ -32,7 +30,7 @@ _ADAM_DEFAULTS = {
 _NOT_EXTRA = frozenset({"tied", "layout", "left_out", "args", "universal_checkpoint_info"})
 
 
-def write(source: Source, folder: Path, options: "WriteOptions", progress: Callable[[int], None]) -> None:
+def write(source: Source, folder: Path, options: WriteOptions, progress: Callable[[int], None]) -> None:
     """Write all of a source into an empty folder.
 
     Raises:

@@ -22,9 +22,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from checkpoint import torch_file
+from checkpoint.convert import WriteOptions
 from checkpoint.formats import megatron_keys
 from checkpoint.formats.dcp_files import Item, Whole, metadata, write_files
 from checkpoint.formats.megatron_common import common
@@ -32,9 +32,6 @@ from checkpoint.source import FP32, PARAM, STEP, WEIGHTS, Entry, Source, states_
 from checkpoint.torch_file import saved_box
 from collectives.errors import UsageError
 from collectives.region import Region, split
-
-if TYPE_CHECKING:
-    from checkpoint.convert import WriteOptions
 
 _AXES = ("pp", "ep", "tp")
 _FILES = 4
@@ -67,7 +64,7 @@ class _Stack:
         return len(alike) == 1 and len(self.parts) == math.prod(self.lead)
 
 
-def write(source: Source, folder: Path, options: "WriteOptions", progress: Callable[[int], None]) -> None:
+def write(source: Source, folder: Path, options: WriteOptions, progress: Callable[[int], None]) -> None:
     """Write all of a source into an empty folder.
 
     Raises:

@@ -18,17 +18,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from checkpoint import torch_file
+from checkpoint.convert import WriteOptions
 from checkpoint.formats.universal_info import Merging, written_info
 from checkpoint.pickling import Call, Name, ordered
 from checkpoint.source import FP32, FROZEN, PARAM, STEP, WEIGHTS, Source, states_by_name, weight_key
 from checkpoint.torch_file import Saved, saved, scalar
 from collectives.errors import UsageError
-
-if TYPE_CHECKING:
-    from checkpoint.convert import WriteOptions
 
 _VERSION = "0.19.8"
 _THREADS = 4
@@ -42,7 +40,7 @@ class _File:
     value: Any
 
 
-def write(source: Source, folder: Path, options: "WriteOptions", progress: Callable[[int], None]) -> None:
+def write(source: Source, folder: Path, options: WriteOptions, progress: Callable[[int], None]) -> None:
     """Write all of a source into an empty folder.
 
     Raises:
