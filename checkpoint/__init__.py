@@ -4,21 +4,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from checkpoint.background import SaveHandle, save_async
     from checkpoint.holdings import Sharded
     from checkpoint.loading import LoadOptions, LoadReport, load, load_state
     from checkpoint.saving import SaveOptions, SaveReport, save
 
-__all__ = ["LoadOptions", "LoadReport", "SaveOptions", "SaveReport", "Sharded", "load", "load_state", "save"]
+__all__ = [
+    "LoadOptions",
+    "LoadReport",
+    "SaveHandle",
+    "SaveOptions",
+    "SaveReport",
+    "Sharded",
+    "load",
+    "load_state",
+    "save",
+    "save_async",
+]
 
 _HOMES = {
     "LoadOptions": "loading",
     "LoadReport": "loading",
+    "SaveHandle": "background",
     "SaveOptions": "saving",
     "SaveReport": "saving",
     "Sharded": "holdings",
     "load": "loading",
     "load_state": "loading",
     "save": "saving",
+    "save_async": "background",
 }
 
 

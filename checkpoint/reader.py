@@ -111,8 +111,7 @@ class Burst(NamedTuple):
 def bursts(chunks: Sequence[Chunk], most: int = BURST) -> list[Burst]:
     """How to read some chunks, each once, with few reads of at most `most` bytes (more for one larger chunk)."""
     found: list[Burst] = []
-    ordered = sorted({(chunk.pack, chunk.offset): chunk for chunk in chunks}.items())
-    for _, chunk in ordered:
+    for chunk in sorted(set(chunks), key=lambda chunk: (chunk.pack, chunk.offset, chunk.length, chunk.digest)):
         if found:
             last = found[-1]
             end = chunk.offset + chunk.length
