@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("launch.predict:command", "Predict a transformer's training step on a cluster, on paper."),
     "ckpt": ("launch.ckpt:command", "Look at checkpoints, prove them, tidy them, convert them."),
     "churn": ("launch.churn:command", "Strike the processes of a run by a seeded plan, and check every result."),
+    "lab": ("launch.lab:command", "Run a command on each host of an emulated network, and cut its cables."),
     "trace": ("launch.trace:command", "Join the traces of a run's members in one file."),
     "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),
     "doctor": ("launch.doctor:command", "Check what works on this machine, or look into a running job."),

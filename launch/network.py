@@ -1,8 +1,9 @@
-"""Hosts of a network on this machine: network namespaces behind a bridge, with real links that are slow or cut.
+"""Hosts of a network on this machine: network namespaces with real cables between them that are slow or cut.
 
-Used by `benchmarks.links` and by tests that need TCP between hosts. Needs Linux, root, and the commands `ip` and `tc`
-(Debian's iproute2). Each host is a namespace with an address and a loopback of its own, the bridge is in one more, the
-hub: nothing in the namespace of this machine is touched, and no packet leaves.
+Used by `ringhold lab`, by the churn lab, by `benchmarks.links` and by tests that need TCP between hosts. Needs Linux,
+root, and the commands `ip` and `tc` (Debian's iproute2). Each host is a namespace with an address and a loopback of its
+own; switches are bridges in namespaces of theirs, hubs: nothing in the namespace of this machine is touched, and no
+packet leaves.
 
     with Network(hosts=4, rate=50e6) as network:
         worker = network.start(1, ["ringhold", "peer", ...])
@@ -17,6 +18,7 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from typing import Any, Self
 import msgspec
 
 from collectives.errors import RingholdError, Unsupported, UsageError
+from launch.network_shape import HUB, Cable, shape_of
 
 BURST = 2**16
 """Bytes that may pass at once at the speed of memory. More flatters short messages: of 1 MiB at 50 MB/s, four times as
@@ -36,8 +39,10 @@ _QUEUE = 0.05
 _LEAST, _MOST = 10_000, 5_000_000_000
 """Bytes a second that can be asked for: a burst takes seconds below, and the kernel's own work decides above."""
 _MOST_HOSTS = 64
+_CUT, _LOCAL = 10, 100
+"""Preferences of the rules that drop what comes by a cut cable, and of the kernel's own one for local packets."""
 _FOLDER = Path("/run/netns")
-_NAME = re.compile(r"ringhold-(\d+)-\d+-(?:hub|\d+)")
+_NAME = re.compile(r"ringhold-(\d+)-\d+-(?:hub2?|\d+)")
 _CLONE_NEWNET = 0x40000000
 _PATIENCE = 10.0
 
@@ -51,16 +56,17 @@ class Traffic:
 
 
 class Network:
-    """Hosts 0, 1, ... behind a bridge. A context manager: the network is there inside, and gone after.
+    """Hosts 0, 1, ... and cables. A context manager: the network is there inside, and gone after.
 
     Its namespaces carry the pid of the process that makes it. Whoever makes the next one removes what is left of
     processes that were killed. Processes that run inside keep their namespace alive: end them before.
 
     Args:
         hosts: how many.
-        rate: bytes a second of each host's link, in each direction by itself; None: without limit.
+        rate: bytes a second of each cable, in each direction by itself; None: without limit.
         mtu: bytes of the largest packet.
         burst: bytes of the token bucket.
+        shape: "star", "ring", "mesh" or "two-sites", see `network_shape`.
 
     Raises:
         UsageError: an argument is out of range.
@@ -69,15 +75,18 @@ class Network:
 
     _made = 0
 
-    def __init__(self, hosts: int, rate: float | None = None, mtu: int = 9000, burst: int = BURST) -> None:
+    def __init__(
+        self, hosts: int, rate: float | None = None, mtu: int = 9000, burst: int = BURST, shape: str = "star"
+    ) -> None:
         if not 1 <= hosts <= _MOST_HOSTS:
             raise UsageError(f"a network has 1 to {_MOST_HOSTS} hosts, not {hosts}")
         if not 1280 <= mtu <= 65535 or burst < mtu:
             raise UsageError(f"mtu must be 1280 to 65535 bytes and burst no less than it, not {mtu} and {burst}")
         _check_rate(rate)
         self.size = hosts
+        self.shape = shape_of(shape, hosts)
         self._rate, self._mtu, self._burst = rate, mtu, burst
-        self._limited: set[int] = set()
+        self._limited: set[Cable] = set()
         self._maker = os.getpid()
         Network._made += 1
         self._prefix = f"ringhold-{self._maker}-{Network._made}-"
@@ -119,7 +128,14 @@ class Network:
 
     @property
     def hub_address(self) -> str:
-        """Address of the hub; processes started there reach all hosts, and their links are not limited."""
+        """Address of the hub; processes started there reach all hosts, and their links are not limited.
+
+        Raises:
+            UsageError: this shape has no hub.
+
+        """
+        if not self.shape.hubs:
+            raise UsageError(f"a {self.shape.name} has no hub; start it on a host")
         return "10.77.0.254"
 
     def start(self, host: int | None, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
@@ -138,74 +154,152 @@ class Network:
                 reason = os.strerror(ctypes.get_errno())
                 raise Unsupported(f"cannot enter the network namespace {self._name(host)}: {reason}; be root")
 
-    # --- what happens to links ---
+    # --- what happens to cables ---
 
     def cut(self, host: int) -> None:
-        """Cut a host off, as by pulling its cable: nothing reaches it and nothing it sends arrives, without a word."""
-        self._port(host, "down")
+        """Cut a host off, as by pulling its cables: nothing reaches it and nothing it sends arrives, without a word."""
+        self._check(host)
+        for cable in self.shape.of(str(host)):
+            self._switch(cable, on=False)
 
     def heal(self, host: int) -> None:
         """Undo `cut`. TCP goes on when it next tries again, which may be seconds later."""
-        self._port(host, "up")
+        self._check(host)
+        for cable in self.shape.of(str(host)):
+            self._switch(cable, on=True)
+
+    def cut_cable(self, one: str, other: str) -> None:
+        """Cut the cable between two nodes, silently. Nobody looks for another way.
+
+        Raises:
+            UsageError: there is none.
+
+        """
+        self._switch(self.shape.between(one, other), on=False)
+
+    def heal_cable(self, one: str, other: str) -> None:
+        """Undo `cut_cable`."""
+        self._switch(self.shape.between(one, other), on=True)
 
     def limit(self, host: int, rate: float | None) -> None:
-        """Set the rate of a host's link, bytes a second in each direction; None: without limit.
+        """Set the rate of a host's cables, bytes a second in each direction; None: without limit.
 
         Raises:
             Unsupported: this kernel has no token bucket.
 
         """
         self._check(host)
+        for cable in self.shape.of(str(host)):
+            self.limit_cable(cable, rate)
+
+    def limit_cable(self, cable: Cable, rate: float | None) -> None:
+        """Set the rate of one cable, as `limit`."""
         _check_rate(rate)
-        for space, device in ((self._name(host), "eth0"), (self._name(None), f"host{host}")):
+        for node, other in (cable, cable[::-1]):
+            space, device = self._space(node), _device(other)
             if rate is not None:
                 bucket = f"rate {round(8 * rate)}bit burst {self._burst} limit {self._burst + round(_QUEUE * rate)}"
                 _tc("-n", space, "qdisc", "replace", "dev", device, "root", "tbf", *bucket.split())
-            elif host in self._limited:
+            elif cable in self._limited:
                 _tc("-n", space, "qdisc", "delete", "dev", device, "root")
-        (self._limited.discard if rate is None else self._limited.add)(host)
+        (self._limited.discard if rate is None else self._limited.add)(cable)
 
     def traffic(self, host: int) -> Traffic:
-        """Count what has passed a host's link."""
+        """Count what has passed a host's cables."""
         self._check(host)
-        said = _ip("-n", self._name(host), "-json", "-stats", "link", "show", "dev", "eth0")
-        counters = msgspec.json.decode(said)[0]["stats64"]
-        return Traffic(counters["tx"]["bytes"], counters["rx"]["bytes"])
+        sent = received = 0
+        for cable in self.shape.of(str(host)):
+            device = _device(_other(cable, str(host)))
+            said = _ip("-n", self._space(str(host)), "-json", "-stats", "link", "show", "dev", device)
+            counters = msgspec.json.decode(said)[0]["stats64"]
+            sent, received = sent + counters["tx"]["bytes"], received + counters["rx"]["bytes"]
+        return Traffic(sent, received)
 
     # --- inside ---
 
     def _build(self) -> None:
-        hub = self._name(None)
-        self._add(hub)
-        _ip("-n", hub, "link", "add", "bridge", "mtu", str(self._mtu), "up", "type", "bridge", what="bridges")
-        _ip("-n", hub, "address", "add", f"{self.hub_address}/24", "dev", "bridge")
+        for node in self.shape.nodes:
+            self._add(node)
+        for cable in self.shape.cables:
+            self._lay(cable)
         for host in range(self.size):
-            name, port = self._name(host), f"host{host}"
-            self._add(name)
-            ends = f"{port} mtu {self._mtu} type veth peer name eth0 mtu {self._mtu} netns {name}"
-            _ip("-n", hub, "link", "add", *ends.split(), what="veth pairs")
-            _ip("-n", hub, "link", "set", port, "master", "bridge", "up")
-            _ip("-n", name, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
-            self.limit(host, self._rate)
+            self._route(host)
 
-    def _add(self, name: str) -> None:
-        _ip("netns", "add", name, what="network namespaces")
-        _ip("-n", name, "link", "set", "lo", "up")
+    def _add(self, node: str) -> None:
+        space = self._space(node)
+        _ip("netns", "add", space, what="network namespaces")
+        _ip("-n", space, "link", "set", "lo", "up")
+        if node in self.shape.hubs:
+            _ip("-n", space, "link", "add", "bridge", "mtu", str(self._mtu), "up", "type", "bridge", what="bridges")
+            if node == HUB:
+                _ip("-n", space, "address", "add", f"{self.hub_address}/24", "dev", "bridge")
+        else:
+            _ip("-n", space, "address", "add", f"{self.address(int(node))}/32", "dev", "lo")
+            # What a cut cable brings is dropped before anybody looks whether it is for this host.
+            _ip("-n", space, "rule", "add", "pref", str(_LOCAL), "lookup", "local", what="routing rules")
+            _ip("-n", space, "rule", "delete", "pref", "0")
 
-    def _port(self, host: int, state: str) -> None:
-        self._check(host)
-        _ip("-n", self._name(None), "link", "set", f"host{host}", state)
+    def _lay(self, cable: Cable) -> None:
+        one, other = cable
+        ends = f"{_device(other)} mtu {self._mtu} type veth peer name {_device(one)} mtu {self._mtu}"
+        _ip(
+            "-n", self._space(one), "link", "add", "name", *ends.split(), "netns", self._space(other), what="veth pairs"
+        )
+        for node, far in (cable, cable[::-1]):
+            bridged = ("master", "bridge") if node in self.shape.hubs else ()
+            _ip("-n", self._space(node), "link", "set", _device(far), *bridged, "up")
+        self.limit_cable(cable, self._rate)
+
+    def _route(self, host: int) -> None:
+        space, mine = self._space(str(host)), self.address(host)
+        if self.shape.hubs:
+            device = _device(self.shape.next(host, host))
+            _ip("-n", space, "route", "add", "10.77.0.0/24", "dev", device, "src", mine)
+            return
+        if self.shape.name == "ring":
+            _run(["ip", "netns", "exec", space, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"], "")
+        for target in range(self.size):
+            if target != host:
+                step = self.shape.next(host, target)
+                via = () if step == str(target) else ("via", self.address(int(step)), "onlink")
+                route = (f"{self.address(target)}/32", *via, "dev", _device(step), "src", mine)
+                _ip("-n", space, "route", "add", *route)
+
+    def _switch(self, cable: Cable, on: bool) -> None:
+        hub = next((node for node in cable if node in self.shape.hubs), None)
+        if hub is not None:
+            device = _device(_other(cable, hub))
+            _ip("-n", self._space(hub), "link", "set", device, "up" if on else "down")
+            return
+        for node, other in (cable, cable[::-1]):
+            rule = ("pref", str(_CUT), "iif", _device(other), "blackhole")
+            there = "blackhole" in _ip(
+                "-n", self._space(node), "rule", "show", "pref", str(_CUT), "iif", _device(other)
+            )
+            if there == on:
+                _ip("-n", self._space(node), "rule", "delete" if on else "add", *rule)
 
     def _name(self, host: int | None) -> str:
         if host is None:
-            return f"{self._prefix}hub"
+            return self._space(HUB)
         self._check(host)
-        return f"{self._prefix}{host}"
+        return self._space(str(host))
+
+    def _space(self, node: str) -> str:
+        return f"{self._prefix}{node}"
 
     def _check(self, host: int) -> None:
         if not 0 <= host < self.size:
             raise UsageError(f"this network has the hosts 0 to {self.size - 1}, and no host {host}")
+
+
+def _device(node: str) -> str:
+    """The end of a cable that leads to a node."""
+    return f"to-{node}"
+
+
+def _other(cable: Cable, node: str) -> str:
+    return cable[1] if cable[0] == node else cable[0]
 
 
 def require() -> None:
@@ -220,10 +314,13 @@ def require() -> None:
 
 
 def remove_stale() -> list[str]:
-    """Remove the namespaces of makers that were killed; return their names."""
+    """Remove the namespaces of makers that were killed, and what still runs in them; return their names."""
     stale = [name for name in _namespaces() if _is_stale(name)]
     for name in stale:
         with contextlib.suppress(Unsupported):  # another process is at it, too
+            for pid in _ip("netns", "pids", name).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             _ip("netns", "delete", name)
     return stale
 
