@@ -49,7 +49,7 @@ class Pattern:
     how: str
     axis: str = "tp"
     dim: int = 0
-    parts: tuple[int | str, ...] | int = 1
+    parts: tuple[int | str, ...] | int | str = 1
     widths: tuple[tuple[int, ...], ...] = ()
     of: str = ""
     rank: int = 0
@@ -238,8 +238,9 @@ class Spec:
         """For each fused part, its extent on each rank."""
         if pattern.widths:
             widths = [list(row) for row in pattern.widths]
-        elif isinstance(pattern.parts, int):
-            widths = [[extent // pattern.parts for extent in extents]] * pattern.parts
+        elif isinstance(pattern.parts, int | str):
+            count = evaluate(pattern.parts, self.settings, pattern.match)
+            widths = [[extent // max(count, 1) for extent in extents]] * count
         else:
             sizes = [evaluate(part, self.settings, pattern.match) for part in pattern.parts]
             widths = [[extent * size // (sum(sizes) or 1) for extent in extents] for size in sizes]

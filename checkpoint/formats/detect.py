@@ -14,6 +14,8 @@ READERS: dict[str, str] = {
     "ringhold": "checkpoint.formats.read_ringhold",
     "deepspeed-universal": "checkpoint.formats.read_universal",
     "deepspeed": "checkpoint.formats.read_deepspeed",
+    "megatron": "checkpoint.formats.read_megatron_dist",
+    "megatron-legacy": "checkpoint.formats.read_megatron_legacy",
     "dcp": "checkpoint.formats.read_dcp",
     "hf": "checkpoint.formats.read_safetensors",
 }
