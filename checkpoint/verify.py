@@ -14,7 +14,6 @@ from checkpoint.reader import Burst, bursts
 from checkpoint.store import Store, pack_name
 from collectives.errors import RingholdError
 
-
 _Place: TypeAlias = tuple[str, Chunk]
 
 
