@@ -3,7 +3,7 @@
 Files say neither how shards combine nor which layers of the model a stage has: the former are the patterns of
 `specs/megatron.toml`, the latter follow from the stages in order. Optimizer states are numbered without names
 (`matching`), or flat in `distrib_optim.pt` (`megatron_model.buffer_layout`). Source: Megatron-LM's
-`megatron/training/checkpointing.py` and `megatron/core/optimizer` of Megatron-Core 0.16. Found by `checkpoint.formats.detect`.
+`megatron/training/checkpointing.py`, and `megatron/core/optimizer` of Megatron-Core 0.16. Found by `detect`.
 """
 
 import re
