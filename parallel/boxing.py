@@ -19,7 +19,7 @@ from itertools import product
 import numpy as np
 
 from collectives.region import Ints, split
-from parallel.cells import cells, reduction, transfers
+from parallel.cells import attainable, cells, reduction, transfers
 from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Placement, Split
 
 LOCAL = frozenset({"none", "local"})
@@ -75,9 +75,10 @@ def boxing(a: Layout, b: Layout, shape: tuple[int, ...]) -> Boxing:
     """
     a.check(shape)
     b.check(shape)
-    keeps = reduction(a, b).keeps
     if a == b:
         return Boxing("none", (), 0, 0)
+    b = attainable(a, b)
+    keeps = reduction(a, b).keeps
     if a.mesh != b.mesh or Flat() in a.placements + b.placements:
         elements, steps = transfers(cells(a, b, shape))
     else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from collectives.errors import UsageError
-from parallel.layout import Layout, Partial, Shard, shared
+from parallel.layout import Broadcast, Layout, Partial, Placement, Shard, shared
 
 Ranks: TypeAlias = tuple[int, ...]
 Nearness: TypeAlias = Callable[[int, int], int]
@@ -62,7 +62,7 @@ def pieces(layout: Layout, shape: tuple[int, ...]) -> tuple[Piece, ...]:
 
 
 def cells(a: Layout, b: Layout, shape: tuple[int, ...]) -> Iterator[Cell]:
-    """The cells of two layouts.
+    """The cells of two layouts, the second `attainable` from the first.
 
     Raises:
         UsageError: a layout does not suit the shape, or has partial values that combine in different ways.
@@ -121,20 +121,36 @@ class Reduction:
         return self.before == self.after
 
 
+IDEMPOTENT = frozenset({"min", "max", "avg"})
+"""Reductions of equal values that give the value."""
+
+
+def attainable(a: Layout, b: Layout) -> Layout:
+    """The layout that is made where `b` is wanted of what is in `a`: the same shards, but some replicas for partials.
+
+    Partial values by a reduction in `IDEMPOTENT` stay what they are along an axis where they were so before. Else they
+    are made as replicas, which are such values too, and good for whatever may be done with these: filling in infinity
+    would not be.
+    """
+    kept = a.placements if a.mesh == b.mesh else (None,) * len(b.placements)
+    made: list[Placement] = [
+        Broadcast() if isinstance(after, Partial) and after.op in IDEMPOTENT and after != before else after
+        for before, after in zip(kept, b.placements, strict=True)
+    ]
+    return Layout(b.mesh, tuple(made))
+
+
 def reduction(a: Layout, b: Layout) -> Reduction:
-    """How partial values of two layouts combine.
+    """How partial values of a layout combine, and those of one that is `attainable` from it.
 
     Raises:
-        UsageError: in several ways in one of them; or averages are to be made out of something else.
+        UsageError: in several ways in one of them.
 
     """
     before = {p.op for p in a.placements if isinstance(p, Partial)}
     after = {p.op for p in b.placements if isinstance(p, Partial)}
     if len(before) > 1 or len(after) > 1:
         raise UsageError(f"cannot go from {a} to {b}: partial values combine in several ways; go by way of B")
-    kept = a.mesh == b.mesh and all(p == q for p, q in zip(a.placements, b.placements, strict=True) if q == _AVERAGE)
-    if "avg" in after and not kept:
-        raise UsageError(f"cannot go from {a} to {b}: nothing can be taken apart into averages; use P")
     combining = (before or after or {"sum"}).pop()
     return Reduction(combining, after.pop() if after else combining)
 
@@ -145,9 +161,6 @@ def nearness(a: Layout, b: Layout) -> Nearness:
         return lambda one, other: int(one == other)
     place = a.mesh.place
     return lambda one, other: sum(x == y for x, y in zip(place(one), place(other), strict=True))
-
-
-_AVERAGE = Partial("avg")
 
 
 def _sums(terms: tuple[Ranks, ...], groups: tuple[Ranks, ...], near: Nearness, apart: bool) -> tuple[Sum, ...]:

@@ -26,7 +26,7 @@ from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
 from collectives.region import Ranges, Region, split
 from collectives.schedule import Schedule, Step
-from parallel.cells import Cell, Nearness, Ranks, Reduction, Sum, cells, nearness, reduction
+from parallel.cells import Cell, Nearness, Ranks, Reduction, Sum, attainable, cells, nearness, reduction
 from parallel.layout import Layout, Shard
 from parallel.packing import Part, gather, joined, parts, scatter
 
@@ -62,7 +62,8 @@ class Change:
     """How tensors of one shape come to a layout from wherever they are.
 
     Attributes:
-        after: the layout; its ranks are those of the communicator.
+        after: the layout, with replicas for partial values where these are as good (`attainable`); its ranks are those
+            of the communicator.
         shape: of the whole tensor.
         flows: what goes where.
         schedule: what is sent; its work buffer has the flows one behind the other.
@@ -118,7 +119,7 @@ class Change:
         if self.terms > 1:
             values = values / self.terms
         shape = self.after.shard(self.shape, rank).shape if rank in self.after.mesh.ranks else (0,)
-        return scatter(values, self._target_parts(rank), shape, identity(self.op.after, values.dtype))
+        return scatter(values, self._target_parts(rank), shape, float(self.op.after == "prod"))
 
     def _source_parts(self, rank: int) -> _Places:
         known = self._sources.get(rank)
@@ -195,6 +196,7 @@ def reshard(before: Layout, after: Layout, shape: tuple[int, ...], world: int = 
         UsageError: a layout does not suit the shape or the world, or has partial values of several kinds.
 
     """
+    after = attainable(before, after)
     op = reduction(before, after)
     needed = 1 + max(before.mesh.ranks + after.mesh.ranks)
     if world and world < needed:
@@ -209,18 +211,6 @@ def reshard(before: Layout, after: Layout, shape: tuple[int, ...], world: int = 
 def flows_of(made: Iterable[Cell], near: Nearness) -> tuple[Flow, ...]:
     """What goes where, for these cells."""
     return tuple(flow for cell in made for value in cell.sums for flow in _flows(cell, value, near))
-
-
-def identity(op: str, dtype: torch.dtype) -> float:
-    """What leaves any value as it is when combined with it."""
-    if op in ("sum", "avg"):
-        return 0
-    if op == "prod":
-        return 1
-    if dtype.is_floating_point:
-        return float("inf") if op == "min" else -float("inf")
-    limits = torch.iinfo(dtype)
-    return limits.max if op == "min" else limits.min
 
 
 def _flows(cell: Cell, value: Sum, near: Nearness) -> Iterator[Flow]:

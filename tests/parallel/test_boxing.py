@@ -14,7 +14,7 @@ from tests.parallel.layouts import GRIDS, mesh_of
 
 S0, S1, B, P = Split(0), Split(1), Broadcast(), Partial()
 KINDS: list[Placement] = [S0, S1, B, P]
-MOST: list[Placement] = [*KINDS, Partial("max")]
+MORE: list[Placement] = [*KINDS, Partial("prod")]
 SHAPE = (24, 60)
 T = math.prod(SHAPE)
 
@@ -61,15 +61,22 @@ def test_disjoint_ranks_cost_what_the_table_of_the_paper_says(p: int, q: int) ->
 
 
 def test_partial_values_of_one_kind_become_those_of_another() -> None:
+    """Replicas are maxima of themselves; a product is one number and ones."""
     mesh = Mesh.of(x=3)
-    found = boxing(Layout(mesh, (P,)), Layout(mesh, (Partial("max"),)), SHAPE)
+    most, product, whole = (Layout(mesh, (kind,)) for kind in (Partial("max"), Partial("prod"), B))
+    sums = Layout(mesh, (P,))
+    assert boxing(sums, most, SHAPE) == boxing(sums, whole, SHAPE)
+    assert boxing(Layout(mesh, (S0,)), most, SHAPE) == boxing(Layout(mesh, (S0,)), whole, SHAPE)
+    assert boxing(whole, most, SHAPE).kind == "local"
+    assert boxing(most, most, SHAPE).kind == "none"
+    found = boxing(sums, product, SHAPE)
     assert (found.kind, found.axes, found.elements, found.steps) == ("reduce", ("x",), 2 * T, 1)
 
 
 def test_the_closed_form_counts_what_an_enumeration_does() -> None:
     chance, counted = random.Random(7), 0
     for grid in GRIDS:
-        placed = [p for p in itertools.product(MOST, repeat=len(grid)) if not {P, MOST[-1]} <= set(p)]
+        placed = [p for p in itertools.product(MORE, repeat=len(grid)) if not {P, MORE[-1]} <= set(p)]
         layouts = [Layout(mesh_of(*grid), p) for p in placed]
         pairs = list(itertools.permutations(layouts, 2))
         for a, b in chance.sample(pairs, min(len(pairs), 150)):
@@ -104,7 +111,5 @@ def test_what_cannot_be_done_is_refused() -> None:
     mesh = Mesh.of(x=2, y=2)
     with pytest.raises(UsageError, match="several ways; go by way of B"):
         boxing(Layout(mesh, (P, Partial("max"))), Layout(mesh, (B, B)), SHAPE)
-    with pytest.raises(UsageError, match="taken apart into averages; use P"):
-        boxing(Layout(mesh, (B, B)), Layout(mesh, (B, Partial("avg"))), SHAPE)
     with pytest.raises(UsageError, match="needs a dimension 2"):
         boxing(Layout(mesh, (Split(2), B)), Layout(mesh, (B, B)), SHAPE)

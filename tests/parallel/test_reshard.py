@@ -81,15 +81,14 @@ def test_other_reductions_combine_and_fill_with_what_changes_nothing(op: str) ->
     with programs.trio() as group:
         found = group.run(programs.reduce_terms, op=op, terms=terms.tolist())
     assert found == [expected] * 3
-    if op == "avg":
-        assert torch.equal(reshard(partial, partial, (2,)).result(0, terms[0]), terms[0])
-        return
+    assert torch.equal(performed(reshard(partial, partial, (2,)), dict(enumerate(terms)))[0], terms[0])
     change = reshard(Layout(mesh, (Split(0),)), partial, (2,))
-    assert change.local
-    ones = [change.held(rank, torch.ones(int(rank < 2))) for rank in range(3)]
-    spread = torch.stack([change.result(r, change.source(r, held, torch.float32)) for r, held in enumerate(ones)])
-    combined = {"min": spread.amin(0), "max": spread.amax(0), "prod": spread.prod(0)}[op]
-    assert combined.tolist() == [1.0, 1.0]
+    assert change.local == (op == "prod")
+    spread = torch.stack(
+        list(performed(change, {0: torch.tensor([3.0]), 1: torch.tensor([-2.0]), 2: torch.zeros(0)}).values())
+    )
+    combined = {"min": spread.amin(0), "max": spread.amax(0), "prod": spread.prod(0), "avg": spread.mean(0)}[op]
+    assert combined.tolist() == [3.0, -1.0]
 
 
 @pytest.mark.parametrize("transport", ["gloo", "sockets", "shm"])
