@@ -79,13 +79,13 @@ def torch_dtype(dtype: str) -> Name:
     return Name("torch", _TORCH_NAMES[dtype])
 
 
-def write(out: int, value: Any, name: str = "archive") -> int:
+def write(out: int | None, value: Any, name: str = "archive") -> int:
     """Write a value to a file descriptor, where it stands, and return the number of bytes.
 
     Memory: a block of one tensor at a time.
 
     Args:
-        out: a file open for writing; several threads may write several files at once.
+        out: a file open for writing; several threads may write several files at once. None: only count.
         value: what `pickling.dumps` takes, with `Saved` tensors anywhere in it.
         name: the folder of the records within the zip.
 
@@ -99,6 +99,11 @@ def write(out: int, value: Any, name: str = "archive") -> int:
         archive.add(f"data/{index}", tensor.nbytes, (block.data for block in tensor.read()))
     archive.add("version", 2, (b"3\n",))
     return archive.finish()
+
+
+def length(value: Any, name: str = "archive") -> int:
+    """Bytes that `write` would write, without reading a tensor."""
+    return write(None, value, name)
 
 
 def _named(value: Any, tensors: list[Saved]) -> Any:
@@ -135,7 +140,7 @@ def _rebuild(tensor: Saved, number: str) -> Call:
 class _Zip:
     """A zip under way: each record with header, aligned data and trailer; then the directory."""
 
-    def __init__(self, out: int, name: str) -> None:
+    def __init__(self, out: int | None, name: str) -> None:
         self._out, self._name = out, name
         self._at = 0
         self._directory: list[bytes] = []
@@ -153,6 +158,9 @@ class _Zip:
         head = struct.pack("<4s5H3I2H", b"PK\3\4", 45 if large else 20, _STREAMED, 0, 0, _EPOCH, 0, sizes, sizes, len(name), len(extra))  # fmt: skip # noqa: E501
         pending: list[Raw] = [head + name + extra]
         checksum = 0
+        if self._out is None:
+            self._at += size
+            data = ()
         for block in data:
             checksum = zlib.crc32(block, checksum)
             pending.append(block)
@@ -177,7 +185,7 @@ class _Zip:
         return self._at
 
     def _send(self, parts: list[Raw]) -> None:
-        self._at += send(self._out, parts)
+        self._at += sum(map(len, parts)) if self._out is None else send(self._out, parts)
 
 
 def send(out: int, parts: list[Raw]) -> int:

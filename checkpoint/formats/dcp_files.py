@@ -5,14 +5,12 @@ torch: `.metadata` is a pickle that names its classes. Source: `torch/distribute
 of torch 2.13.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, TypeAlias
 
-from checkpoint import torch_file
+from checkpoint.formats.output import Output, at_once
 from checkpoint.pickling import Call, Made, Name, Pairs, dumps
 from checkpoint.torch_file import Saved, torch_dtype
 from collectives.region import Region
@@ -54,25 +52,15 @@ class Whole:
     shape: tuple[int, ...]
 
 
-def write_files(folder: Path, files: Mapping[str, Sequence[Item]]) -> list[Place]:
+def write_files(output: Output, files: Mapping[str, Sequence[Item]]) -> list[Place]:
     """Write files, by name, several at once, and say where every item lies."""
-    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1) or 1) as pool:
-        found = pool.map(lambda named: _write_file(folder, *named), files.items())
-        return [place for places in found for place in places]
 
+    def write(name: str) -> list[Place]:
+        lengths = output.write(name, [item.value for item in files[name]])
+        starts = accumulate(lengths, initial=0)
+        return [Place(item, name, at, length) for item, at, length in zip(files[name], starts, lengths, strict=False)]
 
-def _write_file(folder: Path, name: str, items: Sequence[Item]) -> list[Place]:
-    found: list[Place] = []
-    at = 0
-    out = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        for item in items:
-            length = torch_file.write(out, item.value)
-            found.append(Place(item, name, at, length))
-            at += length
-    finally:
-        os.close(out)
-    return found
+    return [place for places in at_once(write, files) for place in places]
 
 
 def metadata(
@@ -140,5 +128,5 @@ def _index(key: str, box: Region | None, number: int) -> Made:
 
 
 def _stored(place: Place) -> Made:
-    state = {"relative_path": place.file, "offset": place.offset, "length": place.length}
+    state = {"relative_path": place.file.rpartition("/")[2], "offset": place.offset, "length": place.length}
     return Made(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)

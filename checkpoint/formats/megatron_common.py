@@ -68,7 +68,7 @@ def _group(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     options = _GROUP_DEFAULTS | {key: tuple(v) if key == "betas" else v for key, v in group.options.items()}
     if "wd_mult" not in options and "weight_decay" in options:
         most = max(float(one.options.get("weight_decay") or 0) for one in groups)
-        own = float(options["weight_decay"] or 0)
+        own = float(group.options.get("weight_decay") or 0)
         options["wd_mult"] = own / most if most else 1.0
     options.setdefault("max_lr", options.get("lr"))
     options.setdefault("min_lr", None)

@@ -15,6 +15,7 @@ from typing import Any
 
 from checkpoint.convert import WriteOptions
 from checkpoint.formats.dcp_files import Item, StatePath, Whole, metadata, write_files
+from checkpoint.formats.output import Output
 from checkpoint.source import WEIGHTS, Entry, Source, states_by_name, weight_key
 from checkpoint.torch_file import saved_box
 from collectives.errors import UsageError
@@ -22,6 +23,8 @@ from collectives.region import Region
 
 _FILES = 4
 """Files that are written where the layout asks for fewer: they can be written at once."""
+_FILE_BYTES = 1 << 30
+"""Rough size of files where that makes more of them: what is not done twice after a break."""
 _ADAM_DEFAULTS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
@@ -42,8 +45,8 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
     tensors = dict(_tensors(source, aliases))
     values = dict(_values(source))
     stepped = {name for group in source.groups for name in group.names}
-    files: list[list[Item]] = [[] for _ in range(max(ranks, _FILES))]
-    per_rank = len(files) // ranks
+    per_rank = -(-max(_FILES, sum(entry.nbytes for entry in tensors.values()) // _FILE_BYTES) // ranks)
+    files: list[list[Item]] = [[] for _ in range(ranks * per_rank)]
     for path, entry in tensors.items():
         parts = ranks if entry.name in stepped or not stepped else 1
         for rank, box in enumerate(_boxes(entry.shape, parts)):
@@ -51,7 +54,7 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
             min(files[rank * per_rank : (rank + 1) * per_rank], key=_load).append(item)
     files[0] += [Item(_key(path), value) for path, value in values.items()]
     named = {f"__{n // per_rank}_{n % per_rank}.distcp": items for n, items in enumerate(files) if items}
-    places = write_files(folder, named)
+    places = write_files(Output(folder, options.journal, progress), named)
     other = {_key(("model", alias)): _key(("model", owner)) for alias, owner in aliases.items()}
     paths = {_key(path): path for path in (*tensors, *values, *(("model", alias) for alias in aliases))}
     wholes = {_key(path): Whole(entry.dtype, entry.shape) for path, entry in tensors.items()}

@@ -18,16 +18,15 @@ by `checkpoint.convert`. Source: `megatron/core/{dist_checkpointing,optimizer}` 
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import torch_file
 from checkpoint.convert import WriteOptions
 from checkpoint.formats import megatron_keys
 from checkpoint.formats.dcp_files import Item, Whole, metadata, write_files
 from checkpoint.formats.megatron_common import common
+from checkpoint.formats.output import Output
 from checkpoint.source import FP32, PARAM, STEP, WEIGHTS, Entry, Source, states_by_name, weight_key
 from checkpoint.torch_file import saved_box
 from collectives.errors import UsageError
@@ -81,11 +80,12 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
     files[0] += _extra_states(stacks)
     step = int(source.extras.get("iteration") or 0)
     inside = folder / f"iter_{step:07d}"
-    inside.mkdir()
-    places = write_files(inside, {f"__{n}_0.distcp": items for n, items in enumerate(files) if items})
+    inside.mkdir(exist_ok=True)
+    output = Output(folder, options.journal, progress)
+    places = write_files(output, {f"{inside.name}/__{n}_0.distcp": items for n, items in enumerate(files) if items})
     wholes = {key: stack.whole for key, stack in stacks.items()}
     (inside / ".metadata").write_bytes(metadata(wholes, places, None, aliases))
-    _write_common(source, inside / "common.pt", step)
+    output.write(f"{inside.name}/common.pt", [common(source, step)], "common")
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backends |= {"common_backend": "torch", "common_backend_version": 1}
     (inside / "metadata.json").write_text(json.dumps(backends))
@@ -189,11 +189,3 @@ def _extra_states(stacks: Mapping[str, _Stack]) -> Iterator[Item]:
             for place in stack.parts:
                 numbers = ".".join(map(str, place or (0,)))
                 yield Item(f"{name}/shard_{numbers}_{'.'.join(map(str, lead))}", [None])
-
-
-def _write_common(source: Source, path: Path, step: int) -> None:
-    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        torch_file.write(out, common(source, step), "common")
-    finally:
-        os.close(out)

@@ -13,15 +13,13 @@ Called by `checkpoint.convert`. Source: `deepspeed/checkpoint/{constants,ds_to_u
 the optimizers' `_load_universal_checkpoint` of DeepSpeed 0.19.8.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import torch_file
 from checkpoint.convert import WriteOptions
+from checkpoint.formats.output import Output, at_once
 from checkpoint.formats.universal_info import Merging, written_info
 from checkpoint.pickling import Call, Name, ordered
 from checkpoint.source import FP32, FROZEN, PARAM, STEP, WEIGHTS, Source, states_by_name, weight_key
@@ -29,14 +27,13 @@ from checkpoint.torch_file import Saved, saved, scalar
 from collectives.errors import UsageError
 
 _VERSION = "0.19.8"
-_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
     """A file to write, and what is in it."""
 
-    path: Path
+    path: str
     value: Any
 
 
@@ -51,33 +48,28 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
         raise UsageError(
             "a universal checkpoint of DeepSpeed holds whole tensors for a job of any parallelism; leave --layout out"
         )
+    if all(entry.state in WEIGHTS for entry in source.entries.values()):
+        raise UsageError(
+            "a universal checkpoint of DeepSpeed is for going on with training, and the source has no state of an "
+            "optimizer; convert to hf or dcp, and load these weights before deepspeed.initialize"
+        )
     step = int(source.extras.get("iteration") or 0)
     tag = f"global_step{step}"
-    zero = folder / tag / "zero"
-    files = list(_atoms(source, zero, progress))
-    for path in {file.path.parent for file in files} | {zero}:
-        path.mkdir(parents=True, exist_ok=True)
-    states = _model_states(source, step, progress)
-    files.append(_File(folder / tag / "mp_rank_00_model_states.pt", states))
-    files.append(_File(zero / "optimizer_state.pt", _optimizer_state(source)))
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(_write, sorted(files, key=lambda file: file.path)):
-            pass
-    # The name that ZeRO-3 looks for.
-    (folder / tag / "zero_pp_rank_0_mp_rank_00_model_states.pt").hardlink_to(files[-2].path)
+    files = [_File(f"{tag}/zero/{file.path}", file.value) for file in _atoms(source, progress)]
+    # Stages 1 and 2 look for the first name, stage 3 for the second, which need not hold 16-bit parameters once more.
+    files.append(_File(f"{tag}/mp_rank_00_model_states.pt", _model_states(source, step, progress, True)))
+    files.append(_File(f"{tag}/zero_pp_rank_0_mp_rank_00_model_states.pt", _model_states(source, step, _silent, False)))
+    files.append(_File(f"{tag}/zero/optimizer_state.pt", _optimizer_state(source)))
+    for parent in {(folder / file.path).parent for file in files}:
+        parent.mkdir(parents=True, exist_ok=True)
+    output = Output(folder, options.journal, progress)
+    for _ in at_once(lambda file: output.write(file.path, [file.value], Path(file.path).stem), files):
+        pass
     (folder / "latest_universal").write_text(tag)
 
 
-def _write(file: _File) -> None:
-    out = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        torch_file.write(out, file.value, file.path.stem)
-    finally:
-        os.close(out)
-
-
-def _atoms(source: Source, zero: Path, progress: Callable[[int], None]) -> Iterator[_File]:
-    """The files of every parameter that an optimizer steps, and of those that are frozen."""
+def _atoms(source: Source, progress: Callable[[int], None]) -> Iterator[_File]:
+    """The files of every parameter that an optimizer steps, and of those that are frozen, by their path in `zero`."""
     merging = Merging(source.extras.get("universal_checkpoint_info") or {})
     stepped = _stepped(source)
     for name, states in states_by_name(source).items():
@@ -91,7 +83,7 @@ def _atoms(source: Source, zero: Path, progress: Callable[[int], None]) -> Itera
         for state, entry in atoms.items():
             tensor = saved(source, entry, progress)
             value = tensor if state == STEP else {**merging.of(name, entry.shape), "param": tensor}
-            yield _File(zero / name / f"{state}.pt", value)
+            yield _File(f"{name}/{state}.pt", value)
 
 
 def _stepped(source: Source) -> set[str]:
@@ -101,12 +93,20 @@ def _stepped(source: Source) -> set[str]:
     return {entry.name for entry in source.entries.values() if entry.state == FP32 or entry.dtype in ("BF16", "F16")}
 
 
-def _model_states(source: Source, step: int, progress: Callable[[int], None]) -> dict[str, Any]:
-    """What `mp_rank_00_model_states.pt` holds."""
+def _silent(_nbytes: int) -> None:
+    return
+
+
+def _model_states(source: Source, step: int, progress: Callable[[int], None], parameters: bool) -> dict[str, Any]:
+    """What `mp_rank_00_model_states.pt` holds; `parameters`: with those that the optimizer has as masters too."""
     shapes = {entry.name: entry.shape for entry in source.entries.values() if entry.state in WEIGHTS}
-    kept = [entry for entry in source.entries.values() if entry.state in (PARAM, FROZEN)]
-    frozen = {entry.name: entry for entry in kept if entry.state == FROZEN}
     stepped = _stepped(source)
+    kept = [
+        entry
+        for entry in source.entries.values()
+        if (entry.state in WEIGHTS and entry.name not in stepped) or (entry.state == PARAM and parameters)
+    ]
+    frozen = {entry.name: entry for entry in kept if entry.state == FROZEN}
     names = [list(group.names) for group in source.groups] or [sorted(stepped)]
     extras = source.extras
     return {
@@ -163,7 +163,7 @@ def _step(source: Source) -> Saved:
     entry = next((entry for entry in source.entries.values() if entry.state == STEP), None)
     if entry is None:
         return scalar(float(source.extras.get("iteration") or 0))
-    return saved(source, entry, lambda _: None)
+    return saved(source, entry, _silent)
 
 
 def _size(shape: tuple[int, ...]) -> Call:
