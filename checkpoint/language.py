@@ -283,6 +283,13 @@ class Spec:
         return rule, tuple(fill(template, match, self.settings) for template in rule.to)
 
 
+def cleaned(spec: Spec, name: str) -> str:
+    """Return a name after the spec's rules, which have one target each, applied until none matches."""
+    while (found := spec.targets(name)) is not None and found[1][0] != name:
+        name = found[1][0]
+    return name
+
+
 def along(shape: tuple[int, ...], dim: int, start: int, stop: int) -> Region:
     """Return the box of a tensor that holds `[start, stop)` of one dimension and all of the others."""
     first = tuple(start if d == dim else 0 for d in range(len(shape)))

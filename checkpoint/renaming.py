@@ -31,10 +31,10 @@ class Renamed:
         self._tensors: dict[str, Lazy] = {}
         self.entries: dict[str, Entry] = {}
         settings = settings_of(source.extras)
-        self._spec = spec.with_settings(settings)
+        self.spec = spec.with_settings(settings)
         named: dict[str, tuple[str, ...]] = {}
         for name, states in states_by_name(source).items():
-            found = self._spec.targets(name)
+            found = self.spec.targets(name)
             named[name] = (name,) if found is None else found[1]
             for entry in states.values():
                 self._take(entry, named[name], found[0] if found else None)
@@ -42,7 +42,7 @@ class Renamed:
             Group(tuple(new for name in group.names for new in named.get(name, (name,))), group.options)
             for group in source.groups
         ]
-        ties = [[new for name in names for new in named.get(name, _first(self._spec, name))] for names in _ties(source)]
+        ties = [[new for name in names for new in named.get(name, _first(self.spec, name))] for names in _ties(source)]
         self.extras: Mapping[str, Any] = {**source.extras, "tied": [row for row in ties if len(row) > 1]}
 
     def _take(self, entry: Entry, names: tuple[str, ...], rule: Rename | None) -> None:
@@ -51,7 +51,7 @@ class Renamed:
         for name, tensor in zip(names, tensors, strict=True):
             made = Entry(name, entry.state, entry.dtype, tensor.shape)
             if made.key in self.entries:
-                raise PatternMissing(f"{entry.name}: spec {self._spec.title} calls it {name}, as another one")
+                raise PatternMissing(f"{entry.name}: spec {self.spec.title} calls it {name}, as another one")
             self.entries[made.key] = made
             self._tensors[made.key] = tensor
 
@@ -61,13 +61,13 @@ class Renamed:
             return []
         if not entry.shape:
             return [whole] * count
-        settings = self._spec.settings
+        settings = self.spec.settings
         sizes = [evaluate(part, settings, rule.match) for part in rule.parts]
         groups = evaluate(rule.groups, settings, rule.match)
         if len(sizes) != count or rule.dim >= len(entry.shape) or sum(sizes) * groups != entry.shape[rule.dim]:
             raise PiecesMissing(
                 f"{entry.name}: {groups} groups of parts of {sizes} along dimension {rule.dim} do not make up its "
-                f"shape {entry.shape}; look at the settings of {self._spec.title}"
+                f"shape {entry.shape}; look at the settings of {self.spec.title}"
             )
         return [self._gathered(entry, whole, rule.dim, sizes, groups, index) for index in range(count)]
 

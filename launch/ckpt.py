@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("launch.ckpt_verify:command", "Read every byte and prove it."),
     "convert": ("launch.ckpt_convert:command", "Convert a checkpoint of one format into another."),
     "diff": ("launch.ckpt_diff:command", "Say which tensors of two checkpoints differ, and by how much."),
+    "spec": ("launch.ckpt_spec:command", "List and check pattern files, and show what they make of a checkpoint."),
     "gc": ("launch.ckpt_gc:command", "Remove steps that are not to be kept, and what nobody needs."),
 }
 """Name of each subcommand: where it is, and its line in the help."""

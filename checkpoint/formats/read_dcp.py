@@ -13,7 +13,7 @@ from checkpoint.dtypes import FLOATS
 from checkpoint.files import Files
 from checkpoint.formats.dcp_metadata import METADATA, Metadata
 from checkpoint.formats.gathered import Gathered
-from checkpoint.language import Spec
+from checkpoint.language import Spec, cleaned
 from checkpoint.lazy import Lazy
 from checkpoint.source import FP32, PARAM, Entry, Group, blocks
 
@@ -45,19 +45,20 @@ def read(folder: Path, spec: Spec | None = None) -> Gathered:
 class _Reader:
     def __init__(self, folder: Path, files: Files) -> None:
         self.metadata = Metadata(folder, files)
+        self.spec = Spec.built_in("dcp")
         self.source = Gathered("dcp", files)
         keys = [*self.metadata.tensors, *self.metadata.objects]
         self.model = next((p for p in _MODEL if any(key.startswith(p + ".") for key in keys)), None)
         self.optim = next(
             (p for p in _OPTIM if any(key.startswith((p + ".state.", p + ".param_")) for key in keys)), None
         )
-        self.names = [self._model_name(key) for key in self.metadata.tensors]
 
     def _model_name(self, key: str) -> str | None:
         """The name of a tensor of the model; None for another one."""
         if self.model is not None:
-            return key.removeprefix(self.model + ".") if key.startswith(self.model + ".") else None
-        return None if self.optim is not None and key.startswith(self.optim + ".") else key
+            prefix = self.model + "."
+            return cleaned(self.spec, key.removeprefix(prefix)) if key.startswith(prefix) else None
+        return None if self.optim is not None and key.startswith(self.optim + ".") else cleaned(self.spec, key)
 
     def gather(self) -> Gathered:
         """Put everything together."""
@@ -83,7 +84,7 @@ class _Reader:
         for key in self.metadata.tensors:
             if self.optim is not None and key.startswith(prefix):
                 name, _, state = key.removeprefix(prefix).rpartition(".")
-                found.setdefault(name, {})[state] = self.metadata.tensor(key)
+                found.setdefault(cleaned(self.spec, name), {})[state] = self.metadata.tensor(key)
         return found
 
     def _groups(self, names: list[str]) -> list[Group]:
@@ -101,8 +102,8 @@ class _Reader:
                 rows.setdefault(owner, {})[option] = _number(self.metadata.tensor(key))
         if rows and all(owner.isdecimal() and "params" in row for owner, row in rows.items()):
             ordered = [row for _, row in sorted(rows.items(), key=lambda item: int(item[0]))]
-            return [Group(tuple(map(str, row.pop("params"))), row) for row in ordered]
-        return _regrouped(rows, names)
+            return [Group(tuple(cleaned(self.spec, str(n)) for n in row.pop("params")), row) for row in ordered]
+        return _regrouped({cleaned(self.spec, owner): row for owner, row in rows.items()}, names)
 
     def _value(self, key: str) -> Any:
         value, file = self.metadata.object(key)

@@ -15,7 +15,7 @@ from typing import Any
 from checkpoint.dtypes import ITEMSIZE
 from checkpoint.files import File, Files, Unreadable
 from checkpoint.formats.gathered import Gathered, tied
-from checkpoint.language import Spec
+from checkpoint.language import Spec, cleaned
 from checkpoint.lazy import Lazy, Part, Placed, Stored
 from checkpoint.source import PARAM, STEP, Group
 from collectives.errors import CorruptFile
@@ -65,6 +65,7 @@ def _gather(folder: Path, files: Files) -> Gathered:
     source = Gathered("hf", files)
     aliases: dict[str, str] = {}
     parts: dict[str, list[tuple[dict[str, Any] | None, Stored]]] = {}
+    names = Spec.built_in("hf")
     for path, header in headers.items():
         places = _json(header.metadata.get(_PLACES), path)
         for name, tensor in header.tensors.items():
@@ -74,11 +75,12 @@ def _gather(folder: Path, files: Files) -> Gathered:
     for key, stored in parts.items():
         name, _, state = key.rpartition("|")
         known = state in _STATES and name
-        source.add(name if known else key, state if known else PARAM, _whole(key, stored))
+        source.add(cleaned(names, name if known else key), state if known else PARAM, _whole(key, stored))
     for alias, owner in notes.items():
         if owner in parts and alias not in parts:
-            aliases[alias] = owner
-            source.add(alias, PARAM, source.tensor(f"{owner}|{PARAM}"))
+            whole = cleaned(names, owner)
+            aliases[cleaned(names, alias)] = whole
+            source.add(cleaned(names, alias), PARAM, source.tensor(f"{whole}|{PARAM}"))
     _kept(source, headers)
     if aliases:
         source.extras["tied"] = tied(aliases)

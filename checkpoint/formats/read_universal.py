@@ -72,9 +72,13 @@ class _Reader:
                 for name, shape in row.items():
                     shapes.setdefault(name, shape_of(shape))
         folders = {path.relative_to(self.folder / "zero").as_posix(): path for path in self._folders()}
-        frozen = set()
+        frozen: set[str] = set()
         for model in self.models:
             frozen |= set(model.value.get("frozen_param_shapes") or ())
+            for name in (*(model.value.get("buffer_names") or ()), *(model.value.get("shared_params") or ())):
+                folders.pop(
+                    name, None
+                )  # copies of the model states, cast; the model states have the tensors themselves
         order = dict.fromkeys([name for name in shapes if name in folders] + sorted(folders))
         for name in order:
             self._parameter(source, name, folders[name], shapes.get(name) if whole else None, name in frozen)
