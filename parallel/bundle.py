@@ -43,6 +43,8 @@ def bundle(changes: tuple[Reshard, ...]) -> Bundle:
         UsageError: they are of different worlds, or combine terms in different ways.
 
     """
+    if len(changes) == 1:
+        return Bundle(changes, changes[0].schedule)
     if len({(change.combining, change.schedule.world) for change in changes}) > 1:
         raise UsageError("reshards of different worlds or reductions cannot be run as one; run one after the other")
     flows = tuple(flow for change in changes for flow in change.flows)

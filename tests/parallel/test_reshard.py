@@ -84,9 +84,8 @@ def test_other_reductions_combine_and_fill_with_what_changes_nothing(op: str) ->
     assert torch.equal(performed(reshard(partial, partial, (2,)), dict(enumerate(terms)))[0], terms[0])
     change = reshard(Layout(mesh, (Split(0),)), partial, (2,))
     assert change.local == (op == "prod")
-    spread = torch.stack(
-        list(performed(change, {0: torch.tensor([3.0]), 1: torch.tensor([-2.0]), 2: torch.zeros(0)}).values())
-    )
+    halves = {0: torch.tensor([3.0]), 1: torch.tensor([-1.0]), 2: torch.zeros(0)}
+    spread = torch.stack([*performed(change, halves).values()])
     combined = {"min": spread.amin(0), "max": spread.amax(0), "prod": spread.prod(0), "avg": spread.mean(0)}[op]
     assert combined.tolist() == [3.0, -1.0]
 
