@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from parallel.graph import Node, Value
 from parallel.layout import Placement
 from parallel.signatures.signature import Signature
@@ -29,29 +31,33 @@ LINEAR: dict[str, tuple[str, ...]] = {
     "leaky_relu_backward.default": ("p.",),
     "elu_backward.default": ("p.",),
     "hardswish_backward.default": ("p.",),
+    "softplus_backward.default": ("p.",),
     "native_dropout_backward.default": ("p.",),
+    "lerp.Tensor": ("pp.",),
+    "masked_fill.Tensor": ("p.p",),
 }
 """In which inputs each is linear, as `linear` reads it."""
 
 INCREASING = (
-    "exp.default", "log.default", "sqrt.default", "relu.default", "sigmoid.default", "tanh.default", "add.Scalar",
-    "sub.Scalar",
+    "add.Scalar", "ceil.default", "clamp.default", "clamp_max.default", "clamp_min.default", "erf.default",
+    "exp.default", "exp2.default", "expm1.default", "floor.default", "hardtanh.default", "leaky_relu.default",
+    "relu.default", "round.default", "sgn.default", "sigmoid.default", "sign.default", "softplus.default",
+    "sub.Scalar", "tanh.default", "trunc.default",
 )  # fmt: skip
-"""Of one tensor, growing with it: the largest input gives the largest output."""
+"""Of one tensor, growing with it: the largest input gives the largest output. Not roots and logarithms: what is not the
+largest may be negative, and the largest of NaN and a number is NaN."""
 
 OTHERS = (
-    "abs.default", "add_relu.default", "bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_not.default",
-    "bitwise_or.Tensor", "ceil.default", "clamp.default", "clamp_min.default", "clamp_max.default", "cos.default",
-    "elu.default", "eq.Scalar", "eq.Tensor", "erf.default", "erfc.default", "exp2.default", "expm1.default",
-    "floor.default", "floor_divide.default", "fmod.Scalar", "ge.Scalar", "ge.Tensor", "gelu.default", "gt.Scalar",
-    "gt.Tensor", "hardswish.default", "hardtanh.default", "isinf.default", "isnan.default", "le.Scalar", "le.Tensor",
-    "leaky_relu.default", "log1p.default", "log2.default", "logical_and.default", "logical_not.default",
-    "logical_or.default", "lt.Scalar", "lt.Tensor", "masked_fill.Scalar", "masked_fill.Tensor", "maximum.default",
-    "minimum.default", "mish.default", "ne.Scalar", "ne.Tensor", "pow.Scalar", "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor", "reciprocal.default", "remainder.Scalar", "remainder.Tensor", "round.default",
-    "rsqrt.default", "rsub.Scalar", "sgn.default", "sign.default", "silu.default", "sin.default", "softplus.default",
-    "tan.default", "trunc.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "xlogy.Tensor",
-    "div.Tensor_mode", "lerp.Tensor", "softplus_backward.default", "square.default", "logaddexp.default",
+    "abs.default", "bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_not.default", "bitwise_or.Tensor",
+    "cos.default", "elu.default", "eq.Scalar", "eq.Tensor", "erfc.default", "floor_divide.default", "fmod.Scalar",
+    "ge.Scalar", "ge.Tensor", "gelu.default", "gt.Scalar", "gt.Tensor", "hardswish.default", "isinf.default",
+    "isnan.default", "le.Scalar", "le.Tensor", "log.default", "log1p.default", "log2.default", "logaddexp.default",
+    "logical_and.default", "logical_not.default", "logical_or.default", "lt.Scalar", "lt.Tensor",
+    "masked_fill.Scalar", "maximum.default", "minimum.default", "mish.default", "ne.Scalar", "ne.Tensor",
+    "pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal.default", "remainder.Scalar",
+    "remainder.Tensor", "rsqrt.default", "rsub.Scalar", "silu.default", "sin.default", "sqrt.default",
+    "square.default", "tan.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "xlogy.Tensor",
+    "div.Tensor_mode",
 )  # fmt: skip
 
 
@@ -73,7 +79,7 @@ def _aligned(value: Value, dim: int, rank: int) -> int | None:
 def _sums(node: Node, patterns: tuple[str, ...]) -> Iterator[Signature]:
     exact = node.outputs[0].dtype.is_floating_point or not any(v.dtype.is_floating_point for v in node.inputs)
     for signature in linear(node, *patterns) if exact else ():
-        if all(str(v.dtype) != "torch.bool" for v, p in zip(node.inputs, signature.inputs, strict=True) if p == P):
+        if all(v.dtype != torch.bool for v, p in zip(node.inputs, signature.inputs, strict=True) if p == P):
             yield signature
 
 

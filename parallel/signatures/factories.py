@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from parallel.graph import Node
 from parallel.signatures.signature import Signature
 from parallel.signatures.table import P, enter, moved, sized, splittable
@@ -11,7 +13,7 @@ def _full(node: Node, parts: int) -> Iterator[Signature]:
     """Any dimension; zeros are partial sums of zeros."""
     for dim in splittable(node.outputs[0], parts):
         yield moved(node, [], [dim])
-    if node.args[1] == 0 and str(node.outputs[0].dtype) != "torch.bool":
+    if node.args[1] == 0 and node.outputs[0].dtype != torch.bool:
         yield Signature((), (P,))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from parallel.graph import Node
 from parallel.layout import Placement
 from parallel.signatures.signature import Signature
-from parallel.signatures.table import P, enter, in_step, linear, may_split, moved, splittable
+from parallel.signatures.table import P, Run, Shards, enter, in_step, linear, may_split, moved, splittable
 
 
 def _normalized(node: Node) -> int:
@@ -29,6 +29,11 @@ def _layer_norm_backward(node: Node, parts: int) -> Iterator[Signature]:
             inputs = [dim if len(value.shape) > front else None for value in node.inputs]
             yield moved(node, inputs, [dim if value.shape == node.inputs[0].shape else P for value in node.outputs])
     yield from linear(node, "p" + "." * (len(node.inputs) - 1))
+
+
+def _dense(node: Node, _shards: Shards) -> Run:
+    """On contiguous shards: torch 2.13 reads means and deviations as if they were."""
+    return lambda tensors: node.call([tensor.contiguous() for tensor in tensors])
 
 
 def _softmax(node: Node, parts: int) -> Iterator[Signature]:
@@ -128,7 +133,7 @@ def _pool(node: Node, parts: int) -> Iterator[Signature]:
 
 
 enter("norms", ["native_layer_norm.default"], _layer_norm)
-enter("norms", ["native_layer_norm_backward.default"], _layer_norm_backward)
+enter("norms", ["native_layer_norm_backward.default"], _layer_norm_backward, _dense)
 enter(
     "softmax",
     [

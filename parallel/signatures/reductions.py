@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from parallel.graph import Node
 from parallel.layout import Partial, Placement
 from parallel.signatures.signature import Signature
@@ -43,15 +45,10 @@ def _reduce(node: Node, parts: int) -> Iterator[Signature]:
         if dim not in over:
             after: Placement | int = dim if kept else dim - sum(gone < dim for gone in over)
             yield moved(node, [dim], [after] * len(node.outputs))
-        elif combined is not None and not _of_bools(node, combined):
+        elif combined is not None:
             yield moved(node, [dim], [combined])
-    if combined is not None and not (combined == P and _of_bools(node, combined)):
+    if combined is not None and node.inputs[0].dtype != torch.bool:
         yield Signature((combined,), (combined,))
-
-
-def _of_bools(node: Node, combined: Partial) -> bool:
-    """Whether it would combine truth values. Counting them is fine; their partial sums are none."""
-    return combined != P and str(node.inputs[0].dtype) == "torch.bool"
 
 
 _SCANNED_DIM = {"topk.default": 2, "sort.stable": 2}

@@ -7,6 +7,8 @@ if the two are equally long, or both are a multiple of the number of ranks.
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from parallel.graph import Node
 from parallel.signatures.signature import Signature
 from parallel.signatures.table import PARTIALS, enter, in_step, may_split, moved, sized, splittable
@@ -30,7 +32,7 @@ def blocks(one: Sequence[int], other: Sequence[int]) -> Iterator[tuple[list[int]
 
 
 def _passing(node: Node) -> Iterator[Signature]:
-    if str(node.inputs[0].dtype) == "torch.bool":
+    if node.inputs[0].dtype == torch.bool:
         return
     for partial in PARTIALS:
         yield Signature((partial,) * len(node.inputs), (partial,) * len(node.outputs))
