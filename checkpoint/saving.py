@@ -163,6 +163,7 @@ class Saving:
         self._mine: list[tuple[str, int, Placed]] = []
         self._written = Written()
         self._error: RingholdError | None = None
+        self._lease: Held | None = None
 
     def run(
         self, state: Mapping[str, Any], layouts: Layouts, step: int | None, metadata: Mapping[str, Any]
@@ -176,17 +177,16 @@ class Saving:
         nested = holdings.merge_states({rank: holding.state for rank, holding in held.items()})
         progress = _Progress(tuple(held))
         published = False
-        lease: Held | None = None
         try:
-            lease = self._write(first, wholes, local, progress)
+            self._write(first, wholes, local, progress)
             manifest = self._manifest(first, wholes, nested, progress)
             self._publish(manifest, progress)
             published = True
         finally:
             if not published:
                 self._clean()
-            if lease is not None:
-                lease.release()
+            if self._lease is not None:
+                self._lease.release()
         return self._report(manifest, progress, len(heard))
 
     def _open(
@@ -218,13 +218,11 @@ class Saving:
         self._raise_errors({rank: one.error for rank, one in heard.items()})
         return heard
 
-    def _write(
-        self, first: _Opening, wholes: dict[str, Whole], local: dict[str, Tensor], progress: _Progress
-    ) -> Held | None:
+    def _write(self, first: _Opening, wholes: dict[str, Whole], local: dict[str, Tensor], progress: _Progress) -> None:
         """Steps 2 and 3: until every chunk is in a pack on the disk."""
         grids = {key: Grid.of(whole.shape, ITEMSIZE[whole.dtype]) for key, whole in wholes.items()}
         shards = {key: wholes[key].shards[self._crew.rank] for key in local}
-        lease, known = self._begin(first)
+        known = self._begin(first)
         attempt = 0
         while True:
             plan = assign(wholes, grids, progress.alive, progress.done)
@@ -236,19 +234,20 @@ class Saving:
             before = progress.alive
             self._confirm(progress)
             if len(progress.done) == sum(grid.count for grid in grids.values()):
-                return lease
+                return
             if progress.alive == before:
                 raise loss or StorageFailed("a rank confirmed less than it was to write; save again")
             attempt += 1
 
-    def _begin(self, first: _Opening) -> tuple[Held | None, dict[str, Placed]]:
-        """The lease of this rank, and what the store has; an error is told when the packs are confirmed."""
+    def _begin(self, first: _Opening) -> dict[str, Placed]:
+        """Take the lease of this rank, and see what the store has; an error is told when the packs are confirmed."""
         try:
             begun = begin(self._store, first.step, str(self._crew.rank), first.name)
         except RingholdError as error:
             self._error = error
-            return None, {}
-        return begun.lease, begun.known
+            return {}
+        self._lease = begun.lease
+        return begun.known
 
     def _run(
         self, jobs: tuple[Job, ...], data: tensors.LocalBytes, pack: str, known: dict[str, Placed]
