@@ -112,7 +112,8 @@ BINARY = (
     "logaddexp.default", "remainder.Tensor", "floor_divide.default",
 )  # fmt: skip
 COMPARED = (
-    "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar", "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar",
+    "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar",
+    "lt.Scalar", "le.Scalar", "gt.Scalar", "ge.Scalar",
 )  # fmt: skip
 """Of small integers, so that both answers occur."""
 SCALAR = (
