@@ -100,7 +100,7 @@ class Audit:
         other, first = self._results.setdefault(number, (peer, result))
         if result != first:
             self.wrong.append(
-                f"operation {number} ({message['kind']}): peer {peer} has {result}, peer {other} has {first}"
+                f"operation {number} ({message['operation']}): peer {peer} has {result}, peer {other} has {first}"
             )
         self._results.pop(number - _REMEMBERED, None)
         self._states.pop(number - _REMEMBERED, None)

@@ -89,8 +89,6 @@ class Lab:
         self.fired: Counter[Kind] = Counter()
         self.aimed: Counter[str] = Counter()
         """Strikes that landed at the point they were aimed at, by phase."""
-        self.caught = 0
-        """Damaged frames that were noticed."""
         self.hangs: list[str] = []
         self._crew, self._request, self._network, self._observe = crew, request, network, observe
         self._guests: dict[int, Guest] = {}
@@ -209,7 +207,6 @@ class Lab:
                 victim.suffers = "corrupt"
                 victim.peer.words[Word.FLIP_PLACE] = int(blow.position * 1e6)
                 victim.peer.words[Word.FLIP] = 1 if blow.variant == "data" else 2
-                self._after(_AIM_SECONDS, partial(self._forgive, victim))
 
     def _forgive(self, victim: Guest) -> None:
         if victim.suffers == "corrupt":
@@ -384,7 +381,9 @@ class Lab:
                 self.fired["slow"] += 1
             case "flipped":
                 self.fired["corrupt"] += 1
-                guest.suffers = ""
+                # A damaged control frame costs a member its place, unless the coordinator is just being restarted.
+                patience = 2 * self._request.heartbeat_timeout if message["what"] == "control" else 0.0
+                self._after(patience, partial(self._forgive, guest))
             case "left" if guest.suffers == "leave":
                 self.fired["leave"] += 1
             case "failed":
@@ -406,7 +405,9 @@ class Lab:
             self.fired["stop" if strike.kind == "stop" else "partition"] += 1
         elif guest.excused:
             guest.excused = False
-        elif guest.suffers != "corrupt" and "corrupt" not in self._request.kinds:
+        elif guest.suffers == "corrupt":
+            guest.suffers = ""
+        elif "corrupt" not in self._request.kinds:
             self.audit.false_evictions.append(f"peer {guest.peer.name}: {message['reason']}")
 
     def _check_end(self, guest: Guest, code: int) -> None:
