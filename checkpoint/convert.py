@@ -154,7 +154,7 @@ def convert(
         _check_free(Path(target))
     source: Source = open_source(origin, form, spec)
     try:
-        if spec is not None and spec.names:
+        if spec is not None and (spec.names or any(pattern.how == "tied" for pattern in spec.patterns)):
             source = Renamed(source, spec)
         source = Selected(source, selection, to)
         report = _report(source, origin, target, to)

@@ -19,8 +19,8 @@ from checkpoint.lazy import Cut, Lazy, Mean, Part, PiecesMissing, Placed
 from collectives.errors import RingholdError, UsageError
 from collectives.region import Region
 
-HOWS = ("unique", "replicated", "fragment", "average", "tied", "refuse")
-AXES = ("tp", "pp", "ep", "dp")
+HOWS = ("unique", "replicated", "fragment", "average", "tied", "frozen", "refuse")
+AXES = ("tp", "pp", "optimizer")
 
 
 class SpecError(UsageError):
@@ -39,7 +39,8 @@ class Pattern:
 
     `how`: `unique` one rank of the axis holds it; `replicated` all hold the same, the first is taken; `fragment` each
     holds a part along `dim`, in order of ranks; `average` each holds its own, the mean is taken; `tied` it is another
-    name of the tensor `of`, and its own bytes are left alone; `refuse` it cannot be converted.
+    name of the tensor `of`, and its own bytes are left alone; `frozen` (of the axis `optimizer`) it is not stepped,
+    which some formats do not tell; `refuse` it cannot be converted.
     `parts` of a fragment: the tensor is several fused along `dim`, each cut over the ranks by itself: the sizes of the
     parts in the whole tensor, or how many equal ones there are. `widths` gives each part's share on each rank, where
     it is not an even split. `rank`: patterns of a lower rank are asked first; two of one rank may not both match.
@@ -60,6 +61,8 @@ class Pattern:
             raise SpecError(f"pattern {self.match!r}: how = {self.how!r}; write one of {', '.join(HOWS)}")
         if self.axis not in AXES:
             raise SpecError(f"pattern {self.match!r}: axis = {self.axis!r}; write one of {', '.join(AXES)}")
+        if (self.how == "tied") != bool(self.of):
+            raise SpecError(f"pattern {self.match!r}: write of = 'NAME' for a tied parameter, and for no other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +256,18 @@ class Spec:
                 f"extents {extents} along dimension {pattern.dim}"
             )
         return widths
+
+    def frozen(self, name: str) -> bool:
+        """Whether a pattern of the axis `optimizer` says that a parameter is not stepped."""
+        rows = [p for p in self.patterns if p.axis == "optimizer" and p.how == "frozen"]
+        return any(compiled(pattern.match).fullmatch(name) for pattern in rows)
+
+    def owner(self, name: str) -> str | None:
+        """The name of the tensor that a parameter is another name of; None if no pattern says so."""
+        for pattern in self.patterns:
+            if pattern.how == "tied" and (match := compiled(pattern.match).fullmatch(name)):
+                return fill(pattern.of, match, self.settings)
+        return None
 
     def unpadded(self, name: str, tensor: Lazy) -> Lazy:
         """Return a tensor without the rows that pad a vocabulary."""

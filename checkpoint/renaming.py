@@ -33,7 +33,11 @@ class Renamed:
         settings = settings_of(source.extras)
         self.spec = spec.with_settings(settings)
         named: dict[str, tuple[str, ...]] = {}
+        ties: list[list[str]] = []
         for name, states in states_by_name(source).items():
+            if (owner := self.spec.owner(name)) is not None:
+                ties.append([owner, name])
+                continue
             found = self.spec.targets(name)
             named[name] = (name,) if found is None else found[1]
             for entry in states.values():
@@ -42,8 +46,9 @@ class Renamed:
             Group(tuple(new for name in group.names for new in named.get(name, (name,))), group.options)
             for group in source.groups
         ]
-        ties = [[new for name in names for new in named.get(name, _first(self.spec, name))] for names in _ties(source)]
-        self.extras: Mapping[str, Any] = {**source.extras, "tied": [row for row in ties if len(row) > 1]}
+        ties += _ties(source)
+        rows = [[new for name in names for new in named.get(name, _first(self.spec, name))] for names in ties]
+        self.extras: Mapping[str, Any] = {**source.extras, "tied": [row for row in rows if len(row) > 1]}
 
     def _take(self, entry: Entry, names: tuple[str, ...], rule: Rename | None) -> None:
         whole = _Read(self._source, entry)

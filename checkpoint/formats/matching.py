@@ -40,7 +40,8 @@ def assign(
     if found is _SEVERAL:
         raise PiecesMissing(
             f"{where}: the optimizer numbers its parameters without names, and shapes alone do not tell which of them "
-            f"are frozen or in which group; save it with a sharded optimizer, which keeps names"
+            f"are frozen or in which group; name those that are frozen in a --spec:\n"
+            f"[[pattern]]\nmatch = 'NAME'\naxis = \"optimizer\"\nhow = \"frozen\""
         )
     groups: list[list[str]] = [[] for _ in slots]
     for (name, _), group in zip(order, found, strict=True):

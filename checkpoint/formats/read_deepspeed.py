@@ -137,7 +137,7 @@ class _Reader:
             _Zero12(shard, optims, rows).read()
         self._module(rank, shard, model, stage3)
         if not optims and model.value.get("optimizer"):
-            _plain_optimizer(shard, model, str(self.folder), self.shared)
+            _plain_optimizer(shard, model, str(self.folder), self.shared, self.spec)
         return shard
 
     def _optim_files(self, rank: int) -> list[TorchFile]:
@@ -405,7 +405,7 @@ class _Zero3:
         return each
 
 
-def _plain_optimizer(shard: _Shard, model: TorchFile, where: str, aliases: dict[str, str]) -> None:
+def _plain_optimizer(shard: _Shard, model: TorchFile, where: str, aliases: dict[str, str], spec: Spec) -> None:
     """Without ZeRO: the state of torch's optimizer by number, or of the 16-bit optimizer, flat for each group."""
     saved = model.value["optimizer"]
     flat = saved.get("fp32_groups_flat") if isinstance(saved, dict) else None
@@ -425,7 +425,8 @@ def _plain_optimizer(shard: _Shard, model: TorchFile, where: str, aliases: dict[
         _settle(shard, shapes, set(shapes), aliases)
         return
     slots = [[_slot_shape(inner["state"].get(index)) for index in group["params"]] for group in groups]
-    named = assign(shapes, slots, [group.get("param_names") for group in groups], where)
+    stepping = {name: shape for name, shape in shapes.items() if not spec.frozen(name)}
+    named = assign(stepping, slots, [group.get("param_names") for group in groups], where)
     stepped = set()
     for group, names in zip(groups, named, strict=True):
         for index, name in zip(group["params"], names, strict=True):
