@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -183,15 +186,43 @@ class _Program:
 
 
 def _trace(program: _Program, fakes: FakeTensorMode) -> Captured:
-    """Trace on fake tensors; once more, functionally, if the model's code writes into tensors."""
+    """Trace on fake tensors; once more, in torch's functional mode, if the model's code writes into tensors.
+
+    That mode turns writing into making, and takes twice the time.
+    """
+    tensors = [source.tensor for source in program.sources]
+    buffers = [at for at, source in enumerate(program.sources) if source.role == Role.BUFFER]
     watch = Watch()
 
     def plain(*tensors: Tensor) -> Any:
         return program.run(watch, list(tensors))
 
+    def functional(*tensors: Tensor) -> Any:
+        with FunctionalTensorMode():
+            wrapped = [_wrapped(tensor) for tensor in tensors]
+            loss, gradients = program.run(watch, wrapped)
+            return [None if t is None else from_fun(t) for t in (loss, *gradients, *(wrapped[at] for at in buffers))]
+
     with fakes, _explained():
-        traced = make_fx(plain, decomposition_table=TABLE, tracing_mode="real")(*(s.tensor for s in program.sources))
-    return Captured(program.sources, traced, watch)
+        traced = make_fx(plain, decomposition_table=TABLE, tracing_mode="real")(*tensors)
+        if not any(_writes(node) for node in traced.graph.nodes):
+            return Captured(program.sources, traced, watch)
+        watch = Watch()
+        traced = make_fx(functional, decomposition_table=TABLE, tracing_mode="real")(*tensors)
+    return Captured(program.sources, traced, watch, [program.sources[at].name for at in buffers])
+
+
+def _wrapped(tensor: Tensor) -> Tensor:
+    """A tensor of the functional mode, with a gradient of its own."""
+    wrapped: Tensor = to_fun(tensor.detach())
+    return wrapped.requires_grad_(tensor.requires_grad)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a traced operation changes a tensor: by its schema, or a batch norm's running mean, which that hides."""
+    if str(node.target) == "aten.native_batch_norm.default":
+        return True
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from parallel.graph import Value
 from parallel.writer import Made, Writer
 
-Form = Callable[..., Value | list[Value]]
+Form = Callable[..., Value | list[Value] | list[Value | None]]
 FORMS: dict[str, Form] = {}
 """By the name of a traced operation: how it is written. Called with the writer, the fake result, then its arguments."""
 
@@ -111,6 +111,33 @@ def _select(writer: Writer, fake: Tensor, x: Value, dim: int, index: int) -> Val
     return writer.view(writer.slice(x, dim, index, index + 1), fake.shape)
 
 
+def _padded(writer: Writer, fake: Tensor, x: Value, dim: int, start: int) -> Value:
+    """Zeros in front of and behind a dimension, so that it is as long as that of `fake`."""
+    if x.shape == tuple(fake.shape):
+        return x
+    padding = [0] * (2 * fake.dim())
+    padding[2 * (fake.dim() - 1 - dim)] = start
+    padding[2 * (fake.dim() - 1 - dim) + 1] = fake.shape[dim] - start - x.shape[dim]
+    return writer.op("aten.constant_pad_nd.default", _made(fake), x, tuple(padding))
+
+
+@_form("slice_backward.default")
+def _slice_backward(
+    writer: Writer, fake: Tensor, x: Value, sizes: tuple[int, ...], dim: int, start: int, stop: int, step: int
+) -> Value:
+    dim %= fake.dim()
+    if step != 1:  # rare; zeros between would have to be written
+        return writer.op("aten.slice_backward.default", _made(fake), x, sizes, dim, start, stop, step)
+    return _padded(writer, fake, x, dim, slice(start, stop).indices(fake.shape[dim])[0])
+
+
+@_form("select_backward.default")
+def _select_backward(writer: Writer, fake: Tensor, x: Value, _sizes: tuple[int, ...], dim: int, index: int) -> Value:
+    dim %= fake.dim()
+    row = writer.view(x, (*fake.shape[:dim], 1, *fake.shape[dim + 1 :]))
+    return _padded(writer, fake, row, dim, index % fake.shape[dim])
+
+
 @_form("split.Tensor", "split_with_sizes.default")
 def _split(writer: Writer, fakes: Sequence[Tensor], x: Value, _how: Any, dim: int = 0) -> list[Value]:
     pieces, at = [], 0
@@ -170,6 +197,37 @@ def _sum(
         total = writer.op("aten.sum.dim_IntList", (kept, fake.dtype), *apart, False, **kwargs)
         return writer.view(total, fake.shape)
     return writer.op("aten.sum.dim_IntList", _made(fake), x, over, keep, **kwargs)
+
+
+@_form("convolution.default")
+def _convolution(writer: Writer, fake: Tensor, x: Value, weight: Value, bias: Value | None, *how: Any) -> Value:
+    """The bias comes in behind the sum over input channels, which may be partial."""
+    out = writer.op("aten.convolution.default", _made(fake), x, weight, None, *how)
+    if bias is None:
+        return out
+    channels = writer.view(bias, (bias.shape[0], *[1] * (fake.dim() - 2)))
+    return writer.op("aten.add.Tensor", _made(fake), out, channels)
+
+
+@_form("convolution_backward.default")
+def _convolution_backward(
+    writer: Writer, fakes: Sequence[Tensor | None], gradient: Value, x: Value, weight: Value, _bias: Any, *how: Any
+) -> list[Value | None]:
+    *same, (of_x, of_weight, of_bias) = how
+    op = "aten.convolution_backward.default"
+    found = writer.like(op, [*fakes[:2], None], (gradient, x, weight, None, *same, (of_x, of_weight, False)), {})
+    if of_bias:
+        over = tuple(d for d in range(len(gradient.shape)) if d != 1)
+        made = (gradient.shape[1],), gradient.dtype
+        found[2] = writer.op("aten.sum.dim_IntList", made, gradient, over, False)
+    return list(found)
+
+
+@_form("pow.Tensor_Scalar")
+def _pow(writer: Writer, fake: Tensor, x: Value, exponent: float) -> Value:
+    if exponent == 1:
+        return x
+    return writer.op("aten.pow.Tensor_Scalar", _made(fake), x, exponent)
 
 
 @_form("_to_copy.default")

@@ -1,7 +1,7 @@
 """The shipped examples by name: a model, its loss, an optimizer and a batch. Used by `ringhold plan` and the tests.
 
 `mlp` is the two-layer perceptron without biases on which Megatron's choice between data and tensor parallel can be
-computed by hand. The others come in a small size and in published ones (`gpt2`, `llama3-8b`, `mixtral-8x7b`, `vit-b16`).
+computed by hand. The others come in a small size and in published ones (`gpt2`, `llama3-8b`, `mixtral-8x7b`, ...).
 """
 
 from collections.abc import Callable

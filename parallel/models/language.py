@@ -63,9 +63,9 @@ class GPT(nn.Module):
 class Mixture(nn.Module):
     """Experts of which each token takes some (Mixtral, arXiv 2401.04088), in the dense form of GShard (2006.16668).
 
-    Each sequence of the batch is a group of tokens; an expert takes at most `capacity` times its fair share of the tokens
-    of a group, first come first served, so that all shapes are known before. Dispatch and return are einsums with
-    (batch, token, expert, slot) tables.
+    Each sequence of the batch is a group of tokens; an expert takes at most `capacity` times its fair share of the
+    tokens of a group, first come first served, so that all shapes are known before. Dispatch and return are einsums
+    with (batch, token, expert, slot) tables.
     """
 
     def __init__(self, size: Size) -> None:
@@ -90,7 +90,7 @@ class Mixture(nn.Module):
         return torch.einsum("btes,ebsw->btw", weights, made)
 
     def _routes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Which token goes to which slot of which expert (0 or 1), and with which weight; (batch, token, expert, slot)."""
+        """(batch, token, expert, slot): whether a token goes there (0 or 1), and with which weight."""
         scores = self.router(x)
         best, experts = torch.topk(scores, self.chosen, dim=-1)
         shares = best.softmax(-1)
