@@ -4,11 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parallel.attention import SequenceAttention, sequence_attention, sequence_parallel
     from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Shard, Split
 
-__all__ = ["Broadcast", "Flat", "Layout", "Mesh", "Partial", "Shard", "Split"]
+__all__ = [
+    "Broadcast",
+    "Flat",
+    "Layout",
+    "Mesh",
+    "Partial",
+    "SequenceAttention",
+    "Shard",
+    "Split",
+    "sequence_attention",
+    "sequence_parallel",
+]
 
-_HOMES = dict.fromkeys(__all__, "layout")
+_HOMES = {
+    **dict.fromkeys(__all__, "layout"),
+    **dict.fromkeys(("SequenceAttention", "sequence_attention", "sequence_parallel"), "attention"),
+}
 
 
 def __getattr__(name: str) -> Any:
