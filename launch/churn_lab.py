@@ -175,8 +175,9 @@ class Lab:
         """Choose somebody who works; of those with the state there must be another one left."""
         able = [guest for guest in self._guests.values() if guest.working and not guest.suffers]
         healed = [guest for guest in able if guest.member in self.audit.healed]
-        lethal = blow.kind not in ("slow",)
-        if lethal and len(able) <= max(1, self._request.least - 1 if blow.kind in ("kill", "leave") else 1):
+        lethal = blow.kind != "slow"
+        fewer = blow.kind in ("kill", "leave") and len(self._guests) < self._request.least
+        if lethal and (len(able) < 2 or fewer):
             return None
         if lethal and len(healed) < 2:
             able = [guest for guest in able if guest not in healed]
