@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import Files, Unreadable
+from checkpoint.formats.deepspeed_tp import by_affine_map, spec_of
 from checkpoint.formats.gathered import Gathered, tied
 from checkpoint.formats.read_deepspeed import OWN_KEYS, number, options_of, shape_of, shape_rows, tensor_of
 from checkpoint.language import Spec
@@ -130,26 +131,34 @@ class _Reader:
         return number(self.optimizer, found) if isinstance(found, TensorRef) else found
 
     def _module(self, source: Gathered, stepped: set[str], frozen: set[str]) -> None:
-        """Buffers, frozen parameters and 16-bit parameters of the model states."""
-        if len(self.models) > 1:  # shards of ranks; what is whole is in zero/
-            return
-        (model,) = self.models
-        buffers = set(model.value.get("buffer_names") or ())
-        shared = set(model.value.get("shared_params") or ())
-        for name, ref in (model.value.get("module") or {}).items():
-            if not isinstance(ref, TensorRef) or name in shared:
+        """Buffers, frozen parameters and 16-bit parameters of the model states, over the tensor parallel ranks."""
+        first = self.models[0].value
+        buffers, shared = set(first.get("buffer_names") or ()), set()
+        for model in self.models:
+            shared |= set(model.value.get("shared_params") or ())
+        for name, ref in (first.get("module") or {}).items():
+            if not isinstance(ref, TensorRef) or name in shared or not math.prod(ref.shape):
                 continue
-            tensor = model.stored(ref)
             if name in buffers:
-                source.add(name, PARAM, tensor)
+                source.add(name, PARAM, self.models[0].stored(ref))
             elif name in stepped:
-                if tensor.dtype != "F32" and tensor.size:
-                    source.add(name, PARAM, tensor)
-            elif f"{name}|{FROZEN}" not in source.entries and tensor.size:
-                source.add(name, FROZEN, tensor)
-        for name in model.value.get("frozen_param_shapes") or {}:
+                if ref.dtype != "F32":
+                    source.add(name, PARAM, self._over_ranks(name))
+            elif f"{name}|{FROZEN}" not in source.entries:
+                source.add(name, FROZEN, self._over_ranks(name))
+        for name in first.get("frozen_param_shapes") or {}:
             if f"{name}|{FROZEN}" not in source.entries:
                 source.add(name, FROZEN, self._frozen(name))
+
+    def _over_ranks(self, name: str) -> Lazy:
+        """A tensor of the model states, of which each tensor parallel rank has a shard."""
+        info = self.models[0].value.get("universal_checkpoint_info")
+        info = info if isinstance(info, dict) else {}
+        shards: list[Lazy] = [tensor_of(model, model.value["module"].get(name), name) for model in self.models]
+        if len(shards) == 1:
+            return shards[0]
+        spec = spec_of(info) if info else Spec.built_in("deepspeed")
+        return spec.unpadded(name, by_affine_map(name, info, shards) or spec.combine(name, shards))
 
     def _frozen(self, name: str) -> Lazy:
         """A frozen parameter: whole, or (ZeRO-3) in pieces, one for each rank, the last ones padded."""
