@@ -28,11 +28,11 @@ class Rank:
 
     def __init__(self) -> None:
         world = enter()
-        self.comm: Any = world.comm
+        self.comm: Any = world.job.comm
         self._mpi = world.mpi
         self._listener = LinkListener()
         addresses = self.comm.allgather(self._listener.address)
-        self.transport = MpiTransport(Site(self._listener, world.rank, addresses, b"benchmark", 1, b""))
+        self.transport = MpiTransport(Site(self._listener, world.job.rank, addresses, b"benchmark", 1, b""))
         self.transport.connect(30)
         self._ours = Ours(self.transport)
 

@@ -288,6 +288,23 @@ class Communicator(Collectives, PointToPoint):
             lane.refresh()
         return self.members != before
 
+    def spawn(self, command: Sequence[str], count: int = 1, environ: Mapping[str, str] | None = None) -> None:
+        """Start more ranks of this MPI job: over transport "mpi" nobody else can join. One member calls it.
+
+        The new processes run `command`, which calls `join`; they come in at a later `admit`. `environ`, values without
+        line breaks, is added to the environment that mpirun gave the first ranks.
+
+        Raises:
+            SpawnFailed: they could not be started, or did not join in time.
+            Unsupported: the transport is another one, or the library is not Open MPI.
+
+        """
+        if self._session is None or self._epochs is None:
+            raise UsageError("a communicator of one member has no MPI job; join a run over transport mpi")
+        if not command or count < 1 or any("\n" in value for value in (environ or {}).values()):
+            raise UsageError("spawn needs a command, a count of 1 or more, and an environment without line breaks")
+        self._epochs.spawn(command, environ or {}, count)
+
     def sync(self, state: dict[Any, Any]) -> SyncReport:
         """Bring `state` to the same bits on every member, those of the healed majority; see `collectives.sync.sync`."""
         may_vote = (self.founder or self._synced) and not self._astray

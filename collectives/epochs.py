@@ -6,7 +6,7 @@ cannot be built because a link fails is reported, and the membership decides (ru
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from collectives.arena import process_arena
 from collectives.errors import OptionError, TransportLost, Unsupported
@@ -105,17 +105,11 @@ class Epochs:
                 raise self._refusal[1]
             return self._current[1] if self._current and self._current[0] == epoch else None
 
-    def spawner(self, epoch: int) -> MpiTransport | None:
-        """Return the transport of that epoch, by which ranks can be spawned; None if the epoch is over.
-
-        Raises:
-            Unsupported: the run's transport knows no ranks.
-
-        """
-        if self.kind != "mpi" or self._network is not None:
+    def spawn(self, command: Sequence[str], environ: Mapping[str, str], count: int) -> None:
+        """Start processes that can join; errors as `MpiTransport.spawn`, and where the transport knows no ranks."""
+        if self.kind != "mpi":
             raise Unsupported(f"transport {self.kind!r} spawns nothing; start another process, and it joins by itself")
-        transport = self.transport(epoch)
-        return transport if isinstance(transport, MpiTransport) else None
+        MpiTransport.spawn(command, environ, count, self._options.join_timeout)
 
     def fence(self) -> None:
         """Abort what is in use and what is being built; does not block."""

@@ -1,8 +1,9 @@
 """The transport of processes that an MPI launcher started: bulk over MPI, notes over the links.
 
 Built by the membership for each epoch. MPI only carries bytes, by non-blocking point-to-point calls that are polled;
-it makes no collective call, so that nothing can hang in it because a rank is dead or stopped, and it has no say in who
-is alive. An aborted epoch leaves transfers behind in the library; see `mpi_leftovers`.
+it makes no call that several members must make together, so that nothing can hang in it because a rank is dead or
+stopped, and it has no say in who is alive. An aborted epoch leaves transfers behind in the library; see
+`mpi_leftovers`. Ranks that were spawned are connected pair by pair; see `mpi_spawn`.
 
 Each stream of messages (from one member to another on one channel, in one epoch) has a tag of its own, which the
 sender chooses and tells the receiver in a note: what a former epoch left can never be taken for a message of this one.
@@ -10,18 +11,19 @@ sender chooses and tells the receiver in a note: what a former epoch left can ne
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from torch import Tensor
 
 from collectives.errors import OperationTimeout, TransportLost, Unsupported
-from collectives.transports import mpi_world
+from collectives.transports import mpi_spawn, mpi_world
 from collectives.transports.base import CHANNELS, Pending, Transport
 from collectives.transports.links import PeerLinks, Posted
 from collectives.transports.mpi_leftovers import Owed, Stream
 from collectives.transports.mpi_message import Inbound, Message
+from collectives.transports.mpi_world import Place
 from collectives.transports.site import Site
 
 INLINE_LIMIT = 2**16
@@ -31,7 +33,7 @@ MOST_BYTES = 2**30
 """Of one MPI message: its count is a 32-bit number. What is longer goes in pieces."""
 _TAGS = 2**31
 """Added to a channel's number: where the tags of its streams are told."""
-_HELLO = CHANNELS + 1
+_HELLO, _PORT = CHANNELS + 1, CHANNELS + 2
 _GLANCE = 2e-3
 """Seconds between two looks at MPI while a thread waits for a note."""
 
@@ -39,12 +41,13 @@ _GLANCE = 2e-3
 class Hello(msgspec.Struct, frozen=True):
     """What the members of an epoch tell each other about their places in MPI.
 
-    `owed` are the sends of former epochs that are not over, by the receiver's rank in the job.
+    `job` is the name of the universe they started in, `places` their ranks in all universes that they are in, and
+    `owed` the sends of former epochs that are not over.
     """
 
     job: str
-    place: int
-    owed: dict[int, list[Owed]]
+    places: dict[str, int]
+    owed: list[Owed]
 
 
 class MpiTransport(Transport):
@@ -65,7 +68,7 @@ class MpiTransport(Transport):
         self.world = mpi_world.enter()
         self._run = site.key
         self._links = PeerLinks(site)
-        self._places: dict[int, int] = {}  # by rank in the epoch, the rank in the job; foreigners have none
+        self._places: dict[int, Place] = {}  # by rank in the epoch; foreigners have none
         self._lock = threading.Lock()
         self._aborted = False
         self._outbound: dict[tuple[int, int], Stream] = {}
@@ -88,18 +91,32 @@ class MpiTransport(Transport):
         """
         deadline = time.monotonic() + timeout
         self._links.connect(timeout)
-        hellos = self._meet(deadline)
-        if hellos[0].job != self.world.job:
+        hellos = self._tell(deadline)
+        if not self._reachable(hellos[0]):
             raise Unsupported(
                 f"this process is no rank of the MPI job that runs here (rank 0's is {hellos[0].job!r}, ours "
-                f"{self.world.job!r}): MPI cannot take it in. Start all members with one mpirun, or use the transport "
-                "gloo or sockets, which let anybody join"
+                f"{self.world.job.name!r}): MPI cannot take it in. Start all members with one mpirun or by "
+                "`Communicator.spawn`, or use the transport gloo or sockets, which let anybody join"
             )
-        native = {rank: hello for rank, hello in hellos.items() if hello.job == self.world.job}
-        self._places = {rank: hello.place for rank, hello in native.items()}
-        self._refuse_if_gone()
-        for rank, hello in native.items():
-            self._clear(rank, hello)
+        self._refuse_if_gone(hellos.values())
+        for rank, hello in hellos.items():  # in the order of ranks on all members, so that none waits in a circle
+            if self._reachable(hello):
+                self._places[rank] = self.world.find(hello.places) or self._meet(rank, deadline)
+                self._clear(rank, hello)
+
+    @staticmethod
+    def spawn(command: Sequence[str], environ: Mapping[str, str], count: int, timeout: float) -> None:
+        """Start `count` processes that can join; see `mpi_spawn.spawn`.
+
+        Raises:
+            SpawnFailed: see there.
+            Unsupported: the library is another one than Open MPI.
+
+        """
+        world = mpi_world.enter()
+        if not world.recovers:
+            raise Unsupported(f"ranks are spawned under Open MPI 5, and this is {world.library}")
+        mpi_spawn.spawn(world, command, environ, count, timeout)
 
     def send(self, peer: int, data: Tensor, channel: int) -> Pending:
         """Post a bulk send; see `Transport.send`."""
@@ -112,7 +129,7 @@ class MpiTransport(Transport):
                 self._links.send(peer, stream.tag.to_bytes(4), channel + _TAGS)
             message = Message(self, peer, data, sent_on=stream)
             self._inflight.add(message)
-            self._post(message, self.world.comm.Isend, stream)
+            self._post(message, stream)
         return message
 
     def recv(self, peer: int, into: Tensor, channel: int) -> Pending:
@@ -127,7 +144,7 @@ class MpiTransport(Transport):
             if inbound.stream is None:
                 inbound.unposted.append(message)
             else:
-                self._post(message, self.world.comm.Irecv, inbound.stream)
+                self._post(message, inbound.stream)
         return message
 
     def learn_tag(self, inbound: Inbound) -> None:
@@ -137,7 +154,7 @@ class MpiTransport(Transport):
             self.refuse()
             inbound.stream = Stream(inbound.place, tag)
             for message in inbound.unposted:
-                self._post(message, self.world.comm.Irecv, inbound.stream)
+                self._post(message, inbound.stream)
             inbound.unposted.clear()
 
     def send_note(self, peer: int, note: bytes | memoryview, channel: int) -> None:
@@ -216,33 +233,56 @@ class MpiTransport(Transport):
         for message in inflight:
             message.nudge()
 
-    def _post(self, message: Message, post: Callable[..., Any], stream: Stream) -> None:
+    def _post(self, message: Message, stream: Stream) -> None:
         """Hand a message to MPI, in pieces where it is long. Called under the lock."""
         data = message.data
         assert data is not None
+        comm = self.world.universes[stream.place.universe].comm
+        post: Callable[..., Any] = comm.Irecv if message.sent_on is None else comm.Isend
         requests = []
         try:
             for start in range(0, data.nbytes, MOST_BYTES):
                 size = min(MOST_BYTES, data.nbytes - start)
                 memory = self.world.memory(data.data_ptr() + start, size)
                 with self.world.guard:
-                    requests.append(post(memory, stream.place, stream.tag))
+                    requests.append(post(memory, stream.place.rank, stream.tag))
                 stream.add(size)
         except self.world.failure as error:
             raise self.lost(error, message.peer) from None
         finally:
             message.posted(requests)
 
-    def _place(self, peer: int) -> int:
+    def _place(self, peer: int) -> Place:
         place = self._places.get(peer)
         if place is None:
             raise TransportLost(f"rank {peer} is of another MPI job", peer)
         return place
 
-    def _meet(self, deadline: float) -> dict[int, Hello]:
+    def _reachable(self, hello: Hello) -> bool:
+        """Whether MPI reaches that process, or can."""
+        return self.world.find(hello.places) is not None or self.world.may_meet(hello.job)
+
+    def _meet(self, peer: int, deadline: float) -> Place:
+        """Come to a communicator with a peer that was not started together with us."""
+        world, accept = self.world, self.rank < peer
+        try:
+            if accept:
+                port = mpi_spawn.open_port(world)
+                self._links.send(peer, port.encode(), _PORT)
+            else:
+                port = self._links.recv(peer, _PORT, max(0.0, deadline - time.monotonic())).decode()
+            left = max(0.0, deadline - time.monotonic())
+            world.add(mpi_spawn.meet(world, port, accept, left, lambda: self._aborted))
+        except (OperationTimeout, UnicodeDecodeError, world.failure) as error:
+            self.refuse()
+            raise TransportLost(f"rank {peer} did not connect by MPI: {error}", peer) from None
+        return Place(port, 0)
+
+    def _tell(self, deadline: float) -> dict[int, Hello]:
         """Tell all peers where we are and what we still send; return what they say, and what we do, by rank."""
         world = self.world
-        hellos = {self.rank: Hello(world.job, world.rank, world.leftovers.owed())}
+        places = {name: universe.rank for name, universe in world.universes.items()}
+        hellos = {self.rank: Hello(world.job.name, places, world.leftovers.owed())}
         data = msgspec.msgpack.encode(hellos[self.rank])
         peers = [peer for peer in range(self.size) if peer != self.rank]
         for peer in peers:
@@ -255,8 +295,9 @@ class MpiTransport(Transport):
                 raise TransportLost(f"rank {peer} did not tell its place in MPI: {error}", peer) from None
         return hellos
 
-    def _refuse_if_gone(self) -> None:
-        gone = self.world.missing(self._run, set(self._places.values()))
+    def _refuse_if_gone(self, hellos: Iterable[Hello]) -> None:
+        job = self.world.job.name
+        gone = self.world.missing(self._run, {hello.places[job] for hello in hellos if job in hello.places})
         if gone and not self.world.recovers:
             self.world.refusal = Unsupported(
                 f"a member is gone (rank {', '.join(map(str, sorted(gone)))} of the MPI job), and {self.world.library} "
@@ -268,6 +309,6 @@ class MpiTransport(Transport):
     def _clear(self, peer: int, hello: Hello) -> None:
         """Receive what a peer still sends us from former epochs."""
         try:
-            self.world.leftovers.discard(hello.place, hello.owed.get(self.world.rank, []))
+            self.world.leftovers.discard(hello.places, hello.owed)
         except self.world.failure as error:
             raise self.lost(error, peer) from None

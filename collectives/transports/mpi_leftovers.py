@@ -9,21 +9,23 @@ Messages with one tag from one rank arrive in order, so counting them is enough 
 """
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collectives.transports.mpi_world import World
+    from collectives.transports.mpi_world import Place, World
 
-Owed = tuple[int, int, int]
-"""Of a stream of sends: its tag, how many messages were sent, bytes of the longest."""
+Owed = tuple[str, int, int, int, int]
+"""Of a stream of sends: the receiver's universe and rank in it, the tag, how many messages were sent, bytes of the
+longest."""
 
 
 class Stream:
-    """Messages with one tag from one rank to another; `place` is the other's rank in the job."""
+    """Messages with one tag from one process to another, which is at `place`."""
 
     __slots__ = ("count", "largest", "place", "tag")
 
-    def __init__(self, place: int, tag: int) -> None:
+    def __init__(self, place: "Place", tag: int) -> None:
         self.place = place
         self.tag = tag
         self.count = 0
@@ -51,11 +53,12 @@ class _Binned:
 
     sent_on = None
 
-    def __init__(self, world: "World", place: int, tag: int, into: bytearray) -> None:
+    def __init__(self, world: "World", place: tuple[str, int], tag: int, into: bytearray) -> None:
         self._world = world
         self._into = into
+        universe, rank = place
         with world.guard:
-            self._request: Any = world.comm.Irecv([into, world.mpi.BYTE], place, tag)
+            self._request: Any = world.universes[universe].comm.Irecv([into, world.mpi.BYTE], rank, tag)
 
     def over(self) -> bool:
         try:
@@ -72,7 +75,8 @@ class Leftovers:
         self._world = world
         self._lock = threading.Lock()
         self._transfers: list[Transfer] = []
-        self._received: dict[tuple[int, int], int] = {}
+        self._received: dict[tuple[str, int, int], int] = {}
+        """Messages of each stream, which is known by its sender's universe and rank and its tag."""
 
     def keep(self, transfer: Transfer) -> None:
         """Keep a transfer, and so its memory, until it is over."""
@@ -82,7 +86,7 @@ class Leftovers:
     def remember(self, stream: Stream) -> None:
         """Take note of how many messages of a stream were received, or will be by a transfer that is kept."""
         with self._lock:
-            self._received[stream.place, stream.tag] = stream.count
+            self._received[*stream.place, stream.tag] = stream.count
 
     def sweep(self) -> int:
         """Let go of what is over; return how many transfers are left."""
@@ -91,28 +95,30 @@ class Leftovers:
                 self._transfers = [transfer for transfer in self._transfers if not transfer.over()]
         return len(self._transfers)
 
-    def owed(self) -> dict[int, list[Owed]]:
-        """Return, by rank in the job, the streams of which sends are not over."""
+    def owed(self) -> list[Owed]:
+        """Return the streams of which sends are not over."""
         self.sweep()
         with self._lock:
             streams = {id(t.sent_on): t.sent_on for t in self._transfers if t.sent_on is not None}
-        by_place: dict[int, list[Owed]] = {}
-        for stream in streams.values():
-            by_place.setdefault(stream.place, []).append((stream.tag, stream.count, stream.largest))
-        return by_place
+        return [(*stream.place, stream.tag, stream.count, stream.largest) for stream in streams.values()]
 
-    def discard(self, place: int, owed: list[Owed]) -> None:
-        """Receive, and forget, what that rank of the job still sends us from former epochs.
+    def discard(self, places: Mapping[str, int], owed: list[Owed]) -> None:
+        """Receive, and forget, what a process still sends us from former epochs; `places` are its ranks by universe.
 
         Raises:
-            The library's error: the rank is dead.
+            The library's error: the process is dead.
 
         """
+        here = {name: universe.rank for name, universe in self._world.universes.items()}
         with self._lock:
-            for tag, count, largest in owed:
-                into = bytearray(largest)
-                for _ in range(count - self._received.get((place, tag), 0)):
+            still: dict[tuple[str, int, int], int] = {}
+            for universe, receiver, tag, count, largest in owed:
+                if here.get(universe) != receiver:
+                    continue
+                place, into = (universe, places[universe]), bytearray(largest)
+                for _ in range(count - self._received.get((*place, tag), 0)):
                     self._transfers.append(_Binned(self._world, place, tag, into))
+                still[*place, tag] = count
             # Streams that it does not name any more are over for good.
-            self._received = {key: count for key, count in self._received.items() if key[0] != place}
-            self._received |= {(place, tag): count for tag, count, _ in owed}
+            sender = set(places.items())
+            self._received = {key: count for key, count in self._received.items() if key[:2] not in sender} | still

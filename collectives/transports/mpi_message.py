@@ -18,6 +18,7 @@ from collectives.transports.mpi_leftovers import Stream
 
 if TYPE_CHECKING:
     from collectives.transports.mpi import MpiTransport
+    from collectives.transports.mpi_world import Place
 
 _EAGER_TURNS = 50
 _YIELDING_TURNS = 2000
@@ -30,7 +31,7 @@ class Inbound:
 
     __slots__ = ("channel", "peer", "place", "stream", "unposted")
 
-    def __init__(self, peer: int, channel: int, place: int) -> None:
+    def __init__(self, peer: int, channel: int, place: "Place") -> None:
         self.peer = peer
         self.channel = channel
         self.place = place

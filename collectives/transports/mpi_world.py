@@ -3,9 +3,10 @@
 MPI lives as long as the process, transports live for an epoch. So what outlasts an epoch is here: the tags that were
 given out, and the transfers that an aborted epoch left behind (`mpi_leftovers`).
 
-All traffic is point to point on COMM_WORLD, with tags from the upper half of their range: making a communicator is a
-collective, which a rank that is dead or stopped would hang. A program that uses mpi4py itself beside this package keeps
-to lower tags, and does not receive from any source with any tag on COMM_WORLD.
+All traffic is point to point, with tags from the upper half of their range: on COMM_WORLD, and between processes that
+were not started together on communicators of two (`mpi_spawn`). None of several is made: that is a collective, which a
+rank that is dead or stopped would hang. A program that uses mpi4py itself beside this package keeps to lower tags, and
+does not receive from any source with any tag on COMM_WORLD.
 """
 
 import atexit
@@ -15,7 +16,8 @@ import os
 import secrets
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from collectives.errors import Unsupported
 from collectives.transports.mpi_leftovers import Leftovers
@@ -28,12 +30,27 @@ _FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"
 INSTALL = 'pip install "ringhold[mpi]" (mpi4py and Open MPI 5)'
 
 
+class Universe(NamedTuple):
+    """A communicator, under a name that all its processes know it by and no others have, and our rank in it."""
+
+    name: str
+    comm: "Intracomm"
+    rank: int
+
+
+class Place(NamedTuple):
+    """Where another process is: its rank in the universe of that name."""
+
+    universe: str
+    rank: int
+
+
 class World:
     """The MPI job that this process belongs to. Make it with `enter`.
 
     Attributes:
-        rank: ours in the job.
-        job: name of the job, the same in all its processes and in no others.
+        job: the universe of the ranks that started together with this one.
+        universes: all that this process is in, by name: the job, and one with each process of others that it met.
         recovers: whether the library lets survivors go on after a death.
         guard: held around each call of MPI; a real lock only where the library wants calls one at a time.
         refusal: why this process can have no more transports, once that is so.
@@ -51,20 +68,20 @@ class World:
                 "that; let Ringhold start it, or start it with MPI.Init_thread(MPI.THREAD_MULTIPLE)"
             )
         self.mpi = mpi
-        self.comm: Intracomm = mpi.COMM_WORLD
-        self.comm.Set_errhandler(mpi.ERRORS_RETURN)
-        self.rank = self.comm.Get_rank()
+        comm: Intracomm = mpi.COMM_WORLD
+        comm.Set_errhandler(mpi.ERRORS_RETURN)
         self.library = f"{mpi.get_vendor()[0]} {'.'.join(map(str, mpi.get_vendor()[1]))}"
         self.recovers = self.library.startswith("Open MPI")
         if not self.recovers:
             _ignore_notices()
-        self.job = self._name_job()
+        self.job = Universe(self._name_job(comm), comm, comm.Get_rank())
+        self.universes = {self.job.name: self.job}
         self.guard: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if level == mpi.THREAD_MULTIPLE else threading.Lock()
         )
         self.failure = mpi.Exception
         self.leftovers = Leftovers(self)
-        largest = self.comm.Get_attr(mpi.TAG_UB)
+        largest: Any = comm.Get_attr(mpi.TAG_UB)
         self._tags = itertools.cycle(range(largest // 2, largest))
         self.refusal: Unsupported | None = None
         self._met: dict[bytes, set[int]] = {}
@@ -83,10 +100,24 @@ class World:
         """Describe so many bytes at an address to MPI."""
         return [self.mpi.memory.fromaddress(address, count), count, self.mpi.BYTE]
 
-    def _name_job(self) -> str:
+    def add(self, universe: Universe) -> None:
+        """Take note of a universe."""
+        self.universes[universe.name] = universe
+
+    def find(self, places: Mapping[str, int]) -> Place | None:
+        """Where a process is that has these ranks in its universes; None if we have no universe in common."""
+        name = next((name for name in self.universes if name in places), None)
+        return None if name is None else Place(name, places[name])
+
+    def may_meet(self, job: str) -> bool:
+        """Whether a process of another job, of that name, has the same launcher, so that MPI can connect us."""
+        launcher, _, number = self.job.name.rpartition("@")
+        return self.recovers and bool(launcher) and number.isdecimal() and job.rpartition("@")[0] == launcher
+
+    def _name_job(self, comm: "Intracomm") -> str:
         if self.recovers:  # no collective: another rank may be gone already
             return os.environ.get("PMIX_NAMESPACE") or secrets.token_hex(16)
-        return str(self.comm.bcast(secrets.token_hex(16)))
+        return str(comm.bcast(secrets.token_hex(16)))
 
 
 def _import() -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import mpi_jobs, operations
+from tests.conformance import mpi_jobs, operations, spawned
 from tests.conformance.losses import mortal
 from tests.conformance.test_r6_losses import judge
 from tests.conformance.test_r11_silences import stop_and_wake
@@ -101,6 +101,13 @@ def test_sends_that_were_not_received_end_in_the_next_epoch(library: str) -> Non
         assert result["left"] == 0
         assert result["got"] == [[1], [9]]
         assert "aborted" in result["said"]
+
+
+def test_ranks_that_are_spawned_join_and_die_as_others_do() -> None:
+    with OPEN_MPI(founders=3) as cluster:
+        endings = [process.ending() for process in cluster.peers(spawned.founder, 3)]
+    survivor = [ending.value for ending in endings if not ending.signal]
+    assert survivor == [[[1, 2], [1, 2, 4, 5], [1, 2, 4], [1, 4, 6], True, [1, 4, 6]]], endings
 
 
 def test_long_messages_go_in_pieces() -> None:
