@@ -135,7 +135,8 @@ class Spec:
         if strangers := sorted(set(data) - known):
             raise SpecError(f"{title}: unknown {', '.join(strangers)}; a spec has {', '.join(sorted(known))}")
         default = data.get("default", {})
-        defaults = {"tp": default} if isinstance(default, str) or "how" in default else default
+        whole = not isinstance(default, dict) or "how" in default
+        defaults = {"tp": default} if whole else default
         return cls(
             tuple(_made(Pattern, row, title) for row in _rows(data, "pattern", title)),
             tuple(_made(Vocabulary, row, title) for row in _rows(data, "vocabulary", title)),
