@@ -5,6 +5,7 @@ gradient); what hides a reduction that a planner must see is taken apart: losses
 means, batch norms, and sums with a bias.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,9 +18,7 @@ aten = torch.ops.aten
 def _mean_dim(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     """A sum and a division by the number of all elements, which no shard has to know."""
     dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
-    count = 1
-    for d in dims:
-        count *= x.shape[d]
+    count = math.prod(x.shape[d] for d in dims)
     return aten.div.Scalar(aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype), count)
 
 
@@ -29,6 +28,53 @@ def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
 
 def _sum(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
     return aten.sum.dim_IntList(x, list(range(x.dim())), False, dtype=dtype)
+
+
+def _var_mean(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> Any:
+    """The variance from the mean of the same elements: two sums, which a planner may see."""
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    count = math.prod(x.shape[d] for d in dims)
+    mean = _mean_dim(x, dims, True)
+    apart = aten.sub.Tensor(x, mean)
+    total = aten.sum.dim_IntList(aten.mul.Tensor(apart, apart), dims, keepdim)
+    variance = aten.div.Scalar(total, count - (1 if correction is None else correction))
+    return variance, mean if keepdim else aten.squeeze.dims(mean, dims)
+
+
+def _var(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    return _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def _batch_norm(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    train: bool,
+    share: float,
+    eps: float,
+) -> Any:
+    """A norm over all of a channel, which shards of the batch have to add up together; and the running averages."""
+    dims = [0, *range(2, x.dim())]
+    along = [-1 if d == 1 else 1 for d in range(x.dim())]
+    used_mean, used_variance = mean, variance
+    empty = x.new_zeros((0,))
+    saved, new_mean, new_variance = (empty, empty), mean, variance
+    if train:
+        used_variance, used_mean = _var_mean(x, dims, correction=0)
+        count = x.numel() // x.shape[1]
+        unbiased = aten.mul.Scalar(used_variance, count / max(count - 1, 1))
+        new_mean, new_variance = aten.lerp.Scalar(mean, used_mean, share), aten.lerp.Scalar(variance, unbiased, share)
+    scale = aten.rsqrt.default(aten.add.Scalar(used_variance, eps))
+    if train:
+        saved = (used_mean, scale)
+    out = aten.mul.Tensor(aten.sub.Tensor(x, used_mean.view(along)), scale.view(along))
+    out = out if gain is None else aten.mul.Tensor(out, gain.view(along))
+    out = out if bias is None else aten.add.Tensor(out, bias.view(along))
+    return out, *saved, new_mean, new_variance
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -62,13 +108,12 @@ TABLE: dict[Any, Any] = {
             aten.mse_loss_backward,
             aten.l1_loss,
             aten.binary_cross_entropy_with_logits,
-            aten._native_batch_norm_legit_functional,
             aten.native_batch_norm_backward,
-            aten.var_mean,
-            aten.var,
-            aten.std,
         ]
     ),
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
+    aten.var_mean.correction: _var_mean,
+    aten.var.correction: _var,
     aten.mean.dim: _mean_dim,
     aten.mean.default: _mean,
     aten.sum.default: _sum,

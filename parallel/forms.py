@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.graph import Value
-from parallel.writer import Made, Writer
+from parallel.writer import SUM, Made, Writer
 
 Form = Callable[..., Value | list[Value] | list[Value | None]]
 FORMS: dict[str, Form] = {}
@@ -194,9 +194,9 @@ def _sum(
     kept = tuple(size for d, size in enumerate(x.shape) if d not in over)
     kwargs = {} if x.dtype == fake.dtype else {"dtype": fake.dtype}
     if apart := writer.flattened(x, over):  # sum over what the dimensions were before
-        total = writer.op("aten.sum.dim_IntList", (kept, fake.dtype), *apart, False, **kwargs)
+        total = writer.op(SUM, (kept, fake.dtype), *apart, False, **kwargs)
         return writer.view(total, fake.shape)
-    return writer.op("aten.sum.dim_IntList", _made(fake), x, over, keep, **kwargs)
+    return writer.op(SUM, _made(fake), x, over, keep, **kwargs)
 
 
 @_form("convolution.default")
@@ -219,7 +219,7 @@ def _convolution_backward(
     if of_bias:
         over = tuple(d for d in range(len(gradient.shape)) if d != 1)
         made = (gradient.shape[1],), gradient.dtype
-        found[2] = writer.op("aten.sum.dim_IntList", made, gradient, over, False)
+        found[2] = writer.op(SUM, made, gradient, over, False)
     return list(found)
 
 

@@ -13,6 +13,7 @@ from parallel.graph import Node, Phase, Value
 from parallel.shapes import factors
 
 VIEW, PERMUTE, EINSUM = "aten.reshape.default", "aten.permute.default", "aten.einsum.default"
+SUM = "aten.sum.dim_IntList"
 
 Made = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of an output."""
@@ -74,8 +75,8 @@ class Writer:
         """The elements in the same order, in another shape."""
         if before := self._through(x, VIEW):
             x = before[0]
-        if biased := self._biased(x, shape):
-            return biased
+        if other := self._biased(x, shape) or self._summed(x, tuple(shape)):
+            return other
         return x if x.shape == tuple(shape) else self.op(VIEW, (tuple(shape), x.dtype), x, tuple(shape))
 
     def _biased(self, x: Value, shape: Sequence[int]) -> Value | None:
@@ -89,6 +90,17 @@ class Writer:
         if bias.shape != x.shape[-1:] or tuple(shape[-1:]) != bias.shape:
             return None
         return self.op(maker.op, (tuple(shape), x.dtype), self.view(tensor, shape), bias)
+
+    def _summed(self, x: Value, shape: tuple[int, ...]) -> Value | None:
+        """If `x` is a sum that keeps dimensions, all of which the view drops: the sum that does not."""
+        maker = self._makers.get(x.name)
+        if maker is None or maker.op != SUM or maker.args[2:] != (True,):
+            return None
+        source, over = maker.args[:2]
+        assert isinstance(source, Value) and isinstance(over, tuple)
+        if shape != tuple(size for d, size in enumerate(source.shape) if d not in over):
+            return None
+        return self.op(SUM, (shape, x.dtype), source, over, False, **dict(maker.kwargs))
 
     def flattened(self, x: Value, over: Sequence[int]) -> tuple[Value, tuple[int, ...]] | None:
         """If `x` is another tensor with only the dimensions `over` flattened: that one, and what these were in it."""
