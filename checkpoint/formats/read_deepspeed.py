@@ -424,13 +424,17 @@ def _plain_optimizer(shard: _Shard, model: TorchFile, where: str, aliases: dict[
         _flat_groups(shard, model, flat, inner, shapes, where)
         _settle(shard, shapes, set(shapes), aliases)
         return
-    slots = [[_slot_shape(inner["state"].get(index)) for index in group["params"]] for group in groups]
+    masters = _masters(saved, groups)
+    slots = [[_slot_shape(inner["state"].get(index), masters.get(index)) for index in g["params"]] for g in groups]
     stepping = {name: shape for name, shape in shapes.items() if not spec.frozen(name)}
     named = assign(stepping, slots, [group.get("param_names") for group in groups], where)
     stepped = set()
     for group, names in zip(groups, named, strict=True):
         for index, name in zip(group["params"], names, strict=True):
-            shard.put(name, FP32, shard.states[name].pop(PARAM))
+            if index in masters:
+                _put(shard, name, FP32, masters[index], model)
+            else:
+                shard.put(name, FP32, shard.states[name].pop(PARAM))
             for key, value in (inner["state"].get(index) or {}).items():
                 _put(shard, name, key, value, model)
             stepped.add(name)
@@ -484,8 +488,17 @@ def _place(tensor: Lazy | None) -> tuple[Path, int, tuple[int, ...]] | None:
     return (tensor.file.path, tensor.offset, tensor.shape) if isinstance(tensor, Stored) else None
 
 
-def _slot_shape(state: Any) -> tuple[int, ...] | None:
-    """The shape of a numbered parameter, by its moments; None if it has none."""
+def _masters(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[int, Any]:
+    """The fp32 masters that an optimizer of 16-bit parameters keeps one by one, by number."""
+    rows = saved.get("fp32_groups") or ()
+    pairs = [(group["params"], row) for group, row in zip(groups, rows, strict=False)]
+    return {index: ref for numbers, row in pairs for index, ref in zip(numbers, row, strict=False)}
+
+
+def _slot_shape(state: Any, master: Any = None) -> tuple[int, ...] | None:
+    """The shape of a numbered parameter, by its master or moments; None if it has none."""
+    if isinstance(master, TensorRef):
+        return master.shape
     tensors = [ref.shape for ref in (state or {}).values() if isinstance(ref, TensorRef) and ref.shape]
     return tensors[0] if tensors else None
 
