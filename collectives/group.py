@@ -283,7 +283,7 @@ class Group(Runner):
             plan.source,
             attempt.staging,
             plan.op,
-            plan.kernels,
+            plan.kernels if self.trace is None else self.trace.kernels(operation.lane, plan.kernels),
             probe,
             plan.lift,
             agree,

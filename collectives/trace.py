@@ -5,24 +5,27 @@ operation is a span with its phases (agree, move, confirm, copy out; recover aft
 with arrows from sender to receiver; epochs, fences and injected faults are instants. `ringhold trace merge` joins the
 files.
 
-`Group` calls `operation`, `attempt` and `end`; without the option it holds no `Trace`, and nothing is measured. What an
-operation did is written when it ends, in one write, so that a killed member leaves all but its last one.
+`Group` calls `operation`, `attempt`, `kernels` and `end`; without the option it holds no `Trace`, and nothing is
+measured. What an operation did is written when it ends, in one write, so that a killed member leaves all but its last
+one.
 """
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from collectives import faults
 from collectives.errors import UsageError
+from collectives.instructions import Kernel
 from collectives.operations import Operation, View
 from collectives.transports.base import Transport
 from collectives.transports.traced import TracedTransport, now
@@ -95,6 +98,20 @@ class Trace:
         passage = self._open[lane]
         passage.attempts(view.epoch)
         return TracedTransport(transport, passage, f"{view.epoch} {lane} {seq}", view.members)
+
+    def kernels(self, lane: str, kernels: Mapping[str, Kernel]) -> Mapping[str, Kernel]:
+        """Return the kernels of the operation under way on this lane, each run of which is noted."""
+        passage = self._open[lane]
+
+        def noted(name: str, kernel: Kernel) -> Kernel:
+            def run(*views: Tensor) -> None:
+                begun = now()
+                kernel(*views)
+                passage.span(name, begun, {"kernel": True})
+
+            return run
+
+        return {name: noted(name, kernel) for name, kernel in kernels.items()}
 
     def end(self, lane: str) -> None:
         """End the span of the operation under way on this lane, however it ended."""

@@ -16,13 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from collectives import errors
 from collectives.errors import OperationTimeout, RingholdError, UsageError
-from launch.bench_request import Request
 from launch.environment import Launcher, peer_environment
 from launch.process import Child, Inbox, end_all
 from launch.rendezvous import Rendezvous
@@ -31,6 +30,21 @@ _START_SECONDS = 60.0
 """Until the coordinators listen, or rank 0 has told where they do."""
 _END_SECONDS = 60.0
 """Until the other ranks have ended, once rank 0 has."""
+
+
+BeRank = Callable[[Any, Launcher, Mapping[str, str], str, Any], int]
+"""(request, launcher, coordinators by run, token, show): be a rank; how many values were wrong."""
+
+
+class Asked(Protocol):
+    """What a benchmark is asked to do: `bench_request.Request`, or that of another command."""
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """The runs that it needs a coordinator for, each with its transport."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
 
 
 class Company:
@@ -95,7 +109,7 @@ class Company:
         return name, message
 
 
-def alone(request: Request, ranks: int, show: Any) -> int:
+def alone(request: Asked, ranks: int, show: Any, module: str = "launch.bench_child") -> int:
     """Run all from here; `show` gets the messages of rank 0. Return how many values were wrong.
 
     Raises:
@@ -106,7 +120,7 @@ def alone(request: Request, ranks: int, show: Any) -> int:
     environ.setdefault("OMP_NUM_THREADS", "1")
     token = secrets.token_urlsafe(32)
     with Company(token, environ) as company:
-        children = [company.start(f"rank {rank}", "launch.bench_child") for rank in range(ranks)]
+        children = [company.start(f"rank {rank}", module) for rank in range(ranks)]
         addresses = company.host(request.runs, ranks)  # meanwhile the ranks import torch
         for rank, child in enumerate(children):
             place = {"rank": rank, "ranks": ranks, "coordinators": addresses, "token": token}
@@ -122,7 +136,7 @@ def alone(request: Request, ranks: int, show: Any) -> int:
         return int(wrong)
 
 
-def launched(request: Request, launcher: Launcher, show: Any) -> int:
+def launched(request: Asked, launcher: Launcher, show: Any, be_rank: "BeRank | None" = None) -> int:
     """Be the rank that the launcher started; rank 0 hosts the coordinators. Return how many values were wrong.
 
     Raises:
@@ -130,12 +144,13 @@ def launched(request: Request, launcher: Launcher, show: Any) -> int:
         RingholdError: what ended this rank.
 
     """
+    be_rank = be_rank or _be_rank
     if not launcher.one_host:
         raise UsageError(f"bench measures on one host, and {launcher.title} started processes on several")
     meeting = Rendezvous.of_launcher(launcher, os.environ)
     if launcher.rank:
         facts = meeting.wait(_START_SECONDS)
-        wrong = _be_rank(request, launcher, facts["coordinators"], meeting.token_file.read_text(), show)
+        wrong = be_rank(request, launcher, facts["coordinators"], meeting.token_file.read_text(), show)
         meeting.leave_record({})
         meeting.verdict(_END_SECONDS)
         return wrong
@@ -144,7 +159,7 @@ def launched(request: Request, launcher: Launcher, show: Any) -> int:
         try:
             addresses = company.host(request.runs, launcher.size)
             meeting.publish({"coordinators": addresses}, token)
-            wrong = _be_rank(request, launcher, addresses, token, show)
+            wrong = be_rank(request, launcher, addresses, token, show)
             for rank in range(1, launcher.size):
                 meeting.record_of(rank, _END_SECONDS)
         finally:
@@ -176,7 +191,7 @@ def through_mpirun(ranks: int) -> NoReturn:
     os.execve(mpirun, [*command, sys.executable, *sys.orig_argv[1:]], environ)
 
 
-def _be_rank(request: Request, launcher: Launcher, addresses: Mapping[str, str], token: str, show: Any) -> int:
+def _be_rank(request: Any, launcher: Launcher, addresses: Mapping[str, str], token: str, show: Any) -> int:
     from launch.bench_rank import Place, Rank  # imports torch
 
     with Rank(request, Place(launcher.rank, launcher.size, addresses, token), show) as rank:

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("launch.train:command", "Train a small language model with peers that come and go."),
     "demo": ("launch.demo:command", "Kill, stop and add peers in a minute's training, and prove the result."),
     "bench": ("launch.bench:command", "Measure the collectives against gloo and MPI, and check their values."),
+    "attention": ("launch.attention:command", "Attend over a long sequence that is spread over ranks, and check it."),
     "simulate": ("launch.simulate:command", "Time a collective on a network that is described in a file."),
     "predict": ("launch.predict:command", "Predict a transformer's training step on a cluster, on paper."),
     "ckpt": ("launch.ckpt:command", "Look at checkpoints, prove them, tidy them, convert them."),

@@ -1,0 +1,273 @@
+"""One rank of `ringhold attention`: checks each scheme against one process, times it, and tells the numbers.
+
+`measure` is what a process does, whoever started it (`attention_child`, or a launcher); rank 0 alone tells.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from collectives.communicator import Communicator
+from collectives.gather_bytes import gather_bytes
+from collectives.options import Options
+from collectives.simulate import simulate
+from collectives.topology import Link, Topology, mesh
+from collectives.topology_file import load
+from collectives.transports.emulated import PREFIX
+from launch.attention_request import RUN, AttentionRequest
+from launch.bench_rank import Place
+from launch.data import load as load_text
+from launch.model import Block, Shape, build
+from parallel.attention.api import attention_forward
+from parallel.attention.choice import choose, seconds_of
+from parallel.attention.formulas import total_bytes
+from parallel.attention.kernels import Binder
+from parallel.attention.layout import Layout, Problem, layout
+from parallel.attention.shares import Balance, Run, Share
+
+Tell = Callable[[dict[str, Any]], None]
+DTYPES = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.float16}
+SAMPLE = 128
+"""Rows of each rank whose result is compared."""
+_PATIENCE = 10.0
+_FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Errors that pass even where one process happens to make none."""
+
+
+def measure(request: AttentionRequest, place: Place, tell: Tell) -> int:
+    """Do all that is asked; return how many schemes were wrong, on all ranks alike."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="ringhold-attention-") as folder:
+        options = _options(request, place, Path(folder))
+        with Communicator.join(place.coordinators[RUN], RUN, place.token, request.transport, options) as comm:
+            rank = _Rank(request, comm, tell, options.topology)
+            return sum(not rank.run(scheme) for scheme in request.schemes)
+
+
+def _options(request: AttentionRequest, place: Place, folder: Path) -> Options:
+    options = Options.resolve({"trace": request.trace_to} if request.trace_to else None)
+    if "RINGHOLD_HEARTBEAT_TIMEOUT" not in os.environ:
+        options = replace(options, heartbeat_timeout=_PATIENCE)
+    if not request.transport.startswith(PREFIX):
+        return options
+    path = request.topology
+    if not path:
+        link = {"latency": request.latency, "bandwidth": request.bandwidth}
+        path = str(folder / "mesh.json")
+        Path(path).write_text(json.dumps({"kind": "mesh", "ranks": place.ranks, "link": link}))
+    return replace(options, topology=path)
+
+
+class _Rank:
+    """What a rank knows."""
+
+    def __init__(self, request: AttentionRequest, comm: Communicator, tell: Tell, topology: str) -> None:
+        self._request, self._comm, self._tell = request, comm, tell
+        self._balance = Balance(request.balance)
+        self._dtype = DTYPES[request.dtype]
+        link = Link(request.latency, request.bandwidth)
+        self._network: Topology = load(Path(topology)) if topology else mesh(comm.size, link)
+        self._text = _embedded(request, self._dtype)
+
+    def run(self, scheme: str) -> bool:
+        """Check and time one scheme; whether error and bytes are right."""
+        request = self._request
+        problem = self._problem(scheme, request.seq)
+        if scheme == "auto":
+            problem = choose(problem, self._network)
+        self._progress(f"{problem.scheme}: checking {request.checked} rows")
+        error, single = self._checked(self._problem(problem.scheme, request.checked, problem.columns))
+        self._progress(f"{problem.scheme}: timing {request.seq} rows")
+        sent, times, kernels = self._timed(problem)
+        row = self._figures(problem, scheme, times, kernels)
+        formula = total_bytes(problem, self._balance.name)
+        allowed = max(2 * single, _FLOOR[self._dtype])
+        row |= {"max_error": error, "allowed_error": allowed, "bytes_sent": sent, "bytes_formula": formula}
+        row["correct"] = error <= allowed and sent == formula
+        if self._comm.rank == 0:
+            self._tell({"type": "row", "row": row})
+        return bool(row["correct"])
+
+    def _problem(self, scheme: str, rows: int, columns: int | None = None) -> Problem:
+        request, world = self._request, self._comm.size
+        shares = self._balance.shares(rows, world)
+        queries = shares
+        if scheme == "tree":
+            queries = tuple(Share((Run(0, 1, rows - 1, 1, 0),), (1,)) for _ in range(world))
+        return Problem(
+            request.batch,
+            request.heads,
+            request.kv_heads,
+            request.head_dim,
+            self._dtype,
+            queries,
+            shares,
+            request.causal,
+            request.head_dim**-0.5,
+            "ring" if scheme == "auto" else scheme,
+            columns or request.columns,
+            request.parts,
+        )
+
+    def _mine(self, problem: Problem, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's part of q, k and v of the text."""
+        world, rank = self._comm.size, self._comm.rank
+        if problem.scheme == "tree":
+            q = self._text(torch.tensor([rows - 1]))[0]
+            return q, *(self._text(self._balance.indices(rows, world, rank))[1:])
+        return self._text(self._balance.indices(rows, world, rank))
+
+    def _checked(self, problem: Problem) -> tuple[float, float]:
+        """The largest error of all ranks, and that of one process by torch's attention, on some rows of each."""
+        rows = self._request.checked
+        q, k, v = self._mine(problem, rows)
+        out, _ = attention_forward(q, k, v, problem, self._comm)
+        whole = self._text(torch.arange(rows))
+        at = self._balance.indices(rows, self._comm.size, self._comm.rank)
+        if problem.scheme == "tree":
+            at = torch.tensor([rows - 1])
+        some = torch.linspace(0, max(0, len(at) - 1), min(SAMPLE, len(at))).long()
+        mask = (torch.arange(rows) <= at[some, None]) if problem.causal else None
+
+        def attend(dtype: torch.dtype) -> Tensor:
+            query, key, value = (tensor.to(dtype) for tensor in (q[:, :, some], *whole[1:]))
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).double()
+
+        exact = attend(torch.float64)
+        ours = out[:, :, some].to(self._dtype).double()
+        errors = [float((found - exact).abs().max()) if len(some) else 0.0 for found in (ours, attend(self._dtype))]
+        largest = self._comm.all_reduce(torch.tensor(errors, dtype=torch.float64), "max").result
+        assert largest is not None
+        return float(largest[0]), float(largest[1])
+
+    def _timed(self, problem: Problem) -> tuple[int, list[float], dict[str, float]]:
+        """Bytes that all ranks sent in a round, the seconds of each round, and how long each kernel took."""
+        plan = layout(problem)
+        binder = Binder(plan, self._comm.rank)
+        q, k, v = self._mine(problem, self._request.seq)
+        source = binder.source((q,), (k, v))
+        del q, k, v
+        took = self._modelled(plan) if self._request.modelled else {}
+        kernels = {name: self._kernel(name, kernel, took) for name, kernel in binder.kernels.items()}
+        times = []
+        sent = 0
+        for _ in range(self._request.rounds):
+            self._comm.barrier()
+            before, begun = self._comm.meter.total, time.monotonic()
+            self._comm.redistribute(plan.schedule, source, kernels=kernels)
+            sent = self._comm.meter.total - before
+            times.append(self._span(begun, time.monotonic()))
+        total = self._comm.all_reduce(torch.tensor([sent], dtype=torch.int64)).result
+        assert total is not None
+        return int(total), times, self._everyones(took)
+
+    def _span(self, begun: float, ended: float) -> float:
+        """From when the last rank began until the last one ended, by the host's clock."""
+        edges = self._comm.all_reduce(torch.tensor([begun, ended], dtype=torch.float64), "max").result
+        assert edges is not None
+        return float(edges[1] - edges[0])
+
+    def _kernel(self, name: str, kernel: Callable[..., object], took: dict[str, float]) -> Callable[..., object]:
+        if self._request.modelled:
+            return lambda *_: time.sleep(took[name])
+
+        def timed(*views: Tensor) -> None:
+            begun = time.perf_counter()
+            kernel(*views)
+            took[name] = time.perf_counter() - begun
+
+        return timed
+
+    def _modelled(self, plan: Layout) -> dict[str, float]:
+        """How long kernels are to sleep: so long that the busiest rank computes `ratio` times what it communicates."""
+        known = seconds_of(plan)
+        moving = self._simulated(plan, dict.fromkeys(known, 0.0))
+        scale = self._request.ratio * moving / max(1e-9, _busiest(plan, known))
+        return {name: seconds * scale for name, seconds in known.items()}
+
+    def _everyones(self, took: Mapping[str, float]) -> dict[str, float]:
+        parts = gather_bytes(self._comm, json.dumps(dict(took)).encode())
+        return {name: seconds for part in parts.rows for name, seconds in json.loads(part).items()}
+
+    def _simulated(self, plan: Layout, kernels: Mapping[str, float]) -> float:
+        known = {name: kernels.get(name, 0.0) for name in plan.tasks}
+        settings: dict[str, Any] = {"itemsize": 1, "kernel_seconds": known.__getitem__}
+        return simulate(plan.schedule, self._network, **settings).time
+
+    def _figures(
+        self, problem: Problem, asked: str, times: list[float], kernels: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Times, and how well computation and communication overlap; as measured and as simulated."""
+        plan, took = layout(problem), min(times)
+        emulated = self._request.transport.startswith(PREFIX)
+        predicted = self._simulated(plan, kernels) if emulated else None
+        moving = self._simulated(plan, {}) if emulated else None
+        computing = _busiest(plan, kernels)
+        return {
+            "scheme": problem.scheme,
+            "asked": asked,
+            "columns": problem.columns,
+            "ranks": self._comm.size,
+            "seq": self._request.seq,
+            "checked_seq": self._request.checked,
+            "compute": "modelled" if self._request.modelled else "real",
+            "time_s": took,
+            "predicted_s": predicted,
+            "compute_s": computing,
+            "communicate_s": moving,
+            "eta": None if moving is None else overlap(took, computing, moving),
+            "predicted_eta": None if moving is None or predicted is None else overlap(predicted, computing, moving),
+        }
+
+    def _progress(self, text: str) -> None:
+        if self._comm.rank == 0:
+            self._tell({"type": "progress", "text": text})
+
+
+def overlap(time: float, compute: float, communicate: float) -> float | None:
+    """Efficiency: what of the possible overlap was had; 1: all, 0: none. None: there is nothing to overlap."""
+    possible = min(compute, communicate)
+    return (compute + communicate - time) / possible if possible > 0 else None
+
+
+def _busiest(plan: Layout, kernels: Mapping[str, float]) -> float:
+    """Seconds that the rank with most work computes."""
+    work = [0.0] * plan.problem.world
+    for index in range(len(plan.schedule)):
+        computes = plan.schedule.step(index).computes
+        for rank, kernel in zip(computes.rank.tolist(), computes.kernel.tolist(), strict=True):
+            work[rank] += kernels.get(plan.schedule.kernels[kernel], 0.0)
+    return max(work)
+
+
+def _embedded(request: AttentionRequest, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """The queries, keys and values that the main job's model makes of a text, for any of its rows."""
+    shape = Shape(request.heads * request.head_dim, request.heads, 1)
+    model = build(shape, request.seq, torch.float32, torch.Generator().manual_seed(0))
+    text = load_text(request.data, 256, 1).train
+    if len(text) < request.seq:
+        text = text.repeat(-(-request.seq // len(text)))
+    block = cast(Block, model.blocks[0])
+
+    @torch.no_grad()
+    def rows(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ids = torch.stack([text.roll(-4096 * sample)[at] for sample in range(request.batch)]).long()
+        x = F.embedding(ids, model.tokens) + model.positions[at]
+        made = block.query_key_value(block.attention_norm(x))
+        made = made.view(request.batch, len(at), 3, request.heads, request.head_dim).permute(2, 0, 3, 1, 4).to(dtype)
+        return (
+            made[0].contiguous(),
+            made[1][:, : request.kv_heads].contiguous(),
+            made[2][:, : request.kv_heads].contiguous(),
+        )
+
+    return rows
