@@ -59,10 +59,10 @@ class Draft:
         """The rank has this region at the end."""
         self.wanted[rank][key] = self.region(key, size)
 
-    def move(self, step: int, src: int, dst: int, span: Range) -> None:
-        """Copy a range from one rank to another; nothing if it is empty, or they are the same."""
+    def move(self, step: int, src: int, dst: int, span: Range, combine: bool = False) -> None:
+        """Copy a range from one rank to another, or reduce it there; nothing if it is empty, or they are the same."""
         if span[0] < span[1] and src != dst:
-            self._moves[step].append((src, dst, *span, False))
+            self._moves[step].append((src, dst, *span, combine))
 
     def compute(self, step: int, rank: int, kernel: str, writes: Iterable[Range], reads: Iterable[Range]) -> None:
         """Run a kernel on views of the ranges that are not empty: what it writes, then what it reads.
