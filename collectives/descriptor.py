@@ -47,7 +47,7 @@ def decode(data: bytes) -> Descriptor:
     """Parse a neighbour's header. Raises `ProtocolError` if it is none."""
     try:
         return _decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"a neighbour sent something that is no operation header: {error}") from None
 
 

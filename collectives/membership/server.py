@@ -22,7 +22,8 @@ from collectives.options import Options
 log = logging.getLogger("ringhold.coordinator")
 
 MAX_UNPROVEN = 256
-"""Connections that may be in their handshake at once; more are closed at once."""
+"""Connections that may be in their handshake at once; when more come, the oldest goes. An honest handshake takes
+milliseconds, so that idle ones, however many, keep nobody out."""
 MAX_UNSENT = 4 << 20
 """Bytes that may wait for a peer that does not read; then its connection is closed."""
 
@@ -49,7 +50,7 @@ class CoordinatorServer:
         )
         self._channels: dict[int, Channel] = {}
         self._last_connection = 0
-        self._unproven = 0
+        self._unproven: dict[asyncio.StreamWriter, None] = {}
         self._stopped = asyncio.Event()
         self._failure: RingholdError | None = None
 
@@ -100,10 +101,9 @@ class CoordinatorServer:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
-        if self._unproven >= MAX_UNPROVEN:
-            writer.close()
-            return
-        self._unproven += 1
+        if len(self._unproven) >= MAX_UNPROVEN:
+            next(iter(self._unproven)).transport.abort()
+        self._unproven[writer] = None
         try:
             channel = await asyncio.wait_for(accept(reader, writer, self._token, self._run), HANDSHAKE_SECONDS)
         except (ProtocolError, TimeoutError, asyncio.IncompleteReadError, OSError) as error:
@@ -111,7 +111,7 @@ class CoordinatorServer:
             writer.close()
             return
         finally:
-            self._unproven -= 1
+            self._unproven.pop(writer, None)
         self._last_connection += 1
         connection = self._last_connection
         self._channels[connection] = channel
