@@ -144,12 +144,10 @@ def _split(raw: Bytes, width: int, rotated: bool) -> list[Bytes]:
     if width == 1:
         return [raw]
     words = raw.view(_WORDS[width])
-    if rotated:
-        top = words >> (8 * width - 1)
-        words = words << 1
-        words |= top
-    by_byte = words.view(np.uint8).reshape(-1, width)
-    return [np.ascontiguousarray(by_byte[:, place]) for place in reversed(range(width))]
+    shifts = [8 * place - rotated for place in reversed(range(width))]  # narrowing after a shift beats strided copies
+    planes = [(words >> shift).astype(np.uint8) for shift in shifts[:-1]]
+    last = (words << 1) | (words >> (8 * width - 1)) if rotated else words
+    return [*planes, last.astype(np.uint8)]
 
 
 def _whole_plane(stored: Bytes, size: int) -> Bytes:

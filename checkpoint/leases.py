@@ -81,7 +81,7 @@ class Held:
 def take(storage: Storage, lease: Lease, part: str) -> Held:
     """Write a lease; `part` tells the writers of one save apart."""
     name = f"{FOLDER}/{lease.save}-{part}.json"
-    storage.publish(name, msgspec.json.encode(lease))
+    storage.publish(name, msgspec.json.encode(lease), durable=False)
     return Held(storage, name)
 
 

@@ -70,8 +70,8 @@ class Remote:
             self._make_parent(name)
             return _RemoteSink(self, self._files.open(self._path(name), "wb"), doing)
 
-    def publish(self, name: str, data: bytes) -> None:
-        """One PUT."""
+    def publish(self, name: str, data: bytes, durable: bool = True) -> None:
+        """One PUT, which is durable anyhow."""
         with self._telling(f"write {self._url}/{name}"):
             self._make_parent(name)
             self._files.pipe_file(self._path(name), data)

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -42,6 +42,9 @@ from collectives.communicator import Communicator
 from collectives.errors import MemberLost, OptionError, RingholdError, StorageFailed, UsageError
 
 LANE = "checkpoint"
+
+_Came: TypeAlias = dict[tuple[int, int], Bytes]
+"""Pieces of a chunk that other ranks sent: by rank, and by the identity of the part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,7 @@ class Saving:
         self._written = Written()
         self._error: RingholdError | None = None
         self._lease: Held | None = None
+        self._batch: Bytes | None = None
 
     def run(
         self, state: Mapping[str, Any], layouts: Layouts, step: int | None, metadata: Mapping[str, Any]
@@ -258,7 +262,7 @@ class Saving:
         self._packs.append(pack)
         rank = self._crew.rank
         loss = None
-        self._add(writer, ((job, self._gathered(job, data, {})) for job in jobs if job.owner == rank and job.local))
+        self._add(writer, data, ((job, {}) for job in jobs if job.owner == rank and job.local))
         try:
             for some in rounds([job for job in jobs if not job.local], self._options.round_bytes):
                 self._round(some, data, writer)
@@ -285,23 +289,25 @@ class Saving:
         incoming = self._crew.trade({owner: np.concatenate(several) for owner, several in outgoing.items()})
         at = dict.fromkeys(incoming, 0)
 
-        def chunks() -> Iterator[tuple[Job, Bytes]]:
+        def chunks() -> Iterator[tuple[Job, _Came]]:
             for job in jobs:
                 if job.owner == rank:
-                    came: dict[tuple[int, int], Bytes] = {}
+                    came: _Came = {}
                     for source, part, nbytes in job.parcels():
                         piece = incoming[source][at[source] : at[source] + nbytes]
                         came[source, id(part)] = piece.reshape(*part.box.shape, ITEMSIZE[job.dtype])
                         at[source] += nbytes
-                    yield job, self._gathered(job, data, came)
+                    yield job, came
 
-        self._add(writer, chunks())
+        self._add(writer, data, chunks())
 
-    def _gathered(self, job: Job, data: tensors.LocalBytes, came: Mapping[tuple[int, int], Bytes]) -> Bytes:
-        """The bytes of a chunk, from what is here and what came."""
+    def _put_together(self, job: Job, data: tensors.LocalBytes, came: _Came, flat: Bytes) -> Bytes:
+        """The bytes of a chunk, from what is here and what came; in `flat` unless they lie somewhere in one run."""
         if len(job.parts) == 1 and not job.parts[0].group.ops and job.local:
-            return np.ascontiguousarray(data.read(job.key, job.box)).reshape(-1)
-        out = np.empty((*job.box.shape, ITEMSIZE[job.dtype]), dtype=np.uint8)
+            value = data.read(job.key, job.box)
+            if value.flags.c_contiguous:
+                return value.reshape(-1)
+        out = flat.reshape(*job.box.shape, ITEMSIZE[job.dtype])
         for part in job.parts:
             terms = [
                 data.read(job.key, part.box) if source == job.owner else came[source, id(part)]
@@ -311,25 +317,31 @@ class Saving:
             if part.group.ops:
                 value = tensors.reduce(terms, job.dtype, part.group.ops, part.group.extents)
             out[inside(part.box, job.box)] = value
-        return out.reshape(-1)
+        return flat
 
-    def _add(self, writer: PackWriter, chunks: Iterable[tuple[Job, Bytes]]) -> None:
+    def _add(self, writer: PackWriter, data: tensors.LocalBytes, chunks: Iterable[tuple[Job, _Came]]) -> None:
         """Write chunks, some MiB at a time. Once this rank has failed, nothing more is written."""
         waiting: list[tuple[Job, Bytes]] = []
-        nbytes = 0
+        used = 0
         try:
-            for job, raw in chunks:
+            for job, came in chunks:
                 if self._error is not None:
                     return
-                waiting.append((job, raw))
-                nbytes += len(raw)
-                if nbytes >= BATCH:
+                if used + job.nbytes > BATCH:
                     self._flush(writer, waiting)
-                    waiting, nbytes = [], 0
+                    waiting, used = [], 0
+                waiting.append((job, self._put_together(job, data, came, self._room(used, job.nbytes))))
+                used += job.nbytes
             if self._error is None:
                 self._flush(writer, waiting)
         except RingholdError as error:
             self._error = error
+
+    def _room(self, start: int, size: int) -> Bytes:
+        """Memory for a chunk; the same for every batch, so that its pages are made once."""
+        if self._batch is None:
+            self._batch = np.empty(BATCH, dtype=np.uint8)
+        return self._batch[start : start + size] if start + size <= BATCH else np.empty(size, dtype=np.uint8)
 
     def _flush(self, writer: PackWriter, waiting: list[tuple[Job, Bytes]]) -> None:
         placed = writer.add([Piece(raw, job.dtype) for job, raw in waiting])

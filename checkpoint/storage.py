@@ -59,8 +59,11 @@ class Storage(Protocol):
     def create(self, name: str) -> Sink:
         """Begin a file that must not be there yet."""
 
-    def publish(self, name: str, data: bytes) -> None:
-        """Let a file appear, or be replaced, in one step: whoever looks sees all of it or none of it."""
+    def publish(self, name: str, data: bytes, durable: bool = True) -> None:
+        """Let a file appear, or be replaced, in one step: whoever looks sees all of it or none of it.
+
+        `durable`: and it is there after a crash of the machine.
+        """
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is gone already is no error."""
@@ -166,27 +169,29 @@ class Local:
         """Begin a file."""
         path = self._root / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             return _LocalSink(path)
         except OSError as error:
             raise explain(error, f"create {path}") from None
 
-    def publish(self, name: str, data: bytes) -> None:
+    def publish(self, name: str, data: bytes, durable: bool = True) -> None:
         """Write a draft beside it, bring it to the disk, rename it, bring the folder to the disk."""
         path = self._root / name
         draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 with draft.open("wb") as file:
                     file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    if durable:
+                        file.flush()
+                        os.fsync(file.fileno())
                 draft.replace(path)
-            finally:
+            except BaseException:
                 draft.unlink(missing_ok=True)
-            sync_folder(path.parent)
-            sync_folder(path.parent.parent)
+                raise
+            if durable:
+                sync_folder(path.parent)
         except OSError as error:
             raise explain(error, f"write {path}") from None
 
@@ -246,6 +251,14 @@ class _LocalSink:
             os.close(self._handle)
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, each to be found after a crash."""
+    if not path.exists():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
