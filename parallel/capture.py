@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
-    UnsupportedFakeTensorException,
 )
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.func import functional_call
@@ -29,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from collectives.errors import CaptureError, UsageError
+from collectives.errors import CaptureError, RingholdError, UsageError
 from parallel import update
 from parallel.decompositions import TABLE
 from parallel.graph import Graph, Role
@@ -240,8 +239,11 @@ def _explained() -> Iterator[None]:
             f"{_where(error)}: {error.func} gives a shape that depends on data; use shapes that are known before, "
             f"such as a mask or a fixed capacity"
         ) from error
-    except UnsupportedFakeTensorException as error:
-        raise CaptureError(f"{_where(error)}: this cannot be traced: {_first_line(error)}") from error
+    except RingholdError:
+        raise
+    except Exception as error:  # whatever the user's code raises on tensors without values
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        raise CaptureError(f"{_where(error)}: the step cannot be traced: {what}") from error
 
 
 def _first_line(error: BaseException) -> str:
