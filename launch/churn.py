@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def command(
     from launch.churn_report import Settings
 
     request = Request(
-        orders=Orders(seed, transport, operations, size),
+        orders=Orders(seed, transport, operations, "", size),
         plan=Plan(seed, kinds, operations, shortest, longest, data=transport.startswith("checked:")),
         kinds=kinds,
         least=int(least),
@@ -139,6 +140,7 @@ def _run(request: Any, settings: Any, folder: Path, json_file: Path | None, *, q
         scratch.mkdir()
         # Whatever members write to the temporary folder must be gone when they are.
         stack.enter_context(_temporary_folder(scratch))
+        request = replace(request, orders=replace(request.orders, checkpoints=str(folder / "checkpoints")))
         crew = stack.enter_context(Crew(options, network, logs))
         lab = Lab(crew, request, network, observe)
         try:
@@ -151,6 +153,7 @@ def _run(request: Any, settings: Any, folder: Path, json_file: Path | None, *, q
             where = evidence(crew, folder)
             if kept:
                 print(f"stacks and logs are in {where}", file=sys.stderr)
+    lab.audit.wrong += churn_report.prove_checkpoints(folder / "checkpoints", lab.audit.saved)
     lab.audit.leaks += [f"{path.name} is left in the temporary folder" for path in scratch.iterdir()]
     report = churn_report.summary(lab, settings, time.monotonic() - began, logs)
     failed = bool(report["complaints"])

@@ -35,6 +35,8 @@ class Audit:
     checked_bytes: int = 0
     syncs: int = 0
     healed_by_sync: int = 0
+    saved: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """By step, a peer that knows its checkpoint to be there, and the hash of what is in it."""
     growth: list[int] = field(default_factory=list)
     healed: dict[int, float] = field(default_factory=dict)
     """Members that may give state, also those that went since, and since when. Ids are never used again."""
@@ -56,6 +58,8 @@ class Audit:
                 self._operation(peer, message)
             case "synced":
                 self._synced(peer, message)
+            case "saved":
+                self._saved(peer, message["number"], message["state"])
             case "event" if message["event"] == "epoch":
                 self._epoch(peer, message["epoch"])
             case "failed":
@@ -116,6 +120,11 @@ class Audit:
             self.wrong.append(f"the state of operation {number} is {state} at peer {peer}, and {first} at peer {other}")
         self._gifts.append((message["time"], number, tuple(message["givers"])))
         self.healed.setdefault(message["member"], message["time"])
+
+    def _saved(self, peer: int, step: int, state: str) -> None:
+        other, first = self.saved.setdefault(step, (peer, state))
+        if state != first:
+            self.wrong.append(f"checkpoint {step}: peer {peer} saved {state}, peer {other} {first}")
 
     def _epoch(self, peer: int, epoch: int) -> None:
         if epoch <= self._epochs.get(peer, 0):

@@ -18,6 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from checkpoint import save
 from collectives import faults
 from collectives.communicator import Communicator
 from collectives.errors import Evicted, MemberLost
@@ -33,7 +34,11 @@ SETTLE_SECONDS = 20.0
 """More than a thread stays behind whose build of a gloo group was abandoned."""
 ADMIT_EVERY = 4
 """Operations between two safe points."""
+SAVE_EVERY = 14
+"""Operations between two checkpoints."""
 STATE_BYTES = 3 << 20
+_KEPT = 4096
+"""Weights that a checkpoint keeps: enough for some chunks, few enough for an hour of checkpoints."""
 _SLOT = 257
 
 
@@ -66,11 +71,12 @@ class Word(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What all peers of a run are told: `kinds` of operations, and bytes of the largest."""
+    """What all peers of a run are told: `kinds` of operations, bytes of the largest, and where checkpoints go."""
 
     seed: int
     transport: str
     kinds: tuple[str, ...]
+    checkpoints: str
     largest: int = LARGEST
 
 
@@ -120,6 +126,8 @@ class _Member:
             words[Word.ACTIVE] += 1
             self._suffer()
             self._operate(case_of(self._orders.seed, self._number + 1, self._orders.kinds, self._orders.largest))
+            if self._number % SAVE_EVERY == 0:
+                self._save()
             if self._number % ADMIT_EVERY == 0 and self._admit():
                 self._sync()
 
@@ -140,6 +148,14 @@ class _Member:
             givers=report.givers,
             healed=report.healed,
         )
+
+    def _save(self) -> None:
+        """Write a checkpoint, which must be whole whoever is lost meanwhile: every member holds everything."""
+        self._comm.barrier()  # all mean the same members by it, also right behind a loss
+        kept = kept_of(self._state)
+        with self._aimed("save"):
+            report = save(self._orders.checkpoints, kept, comm=self._comm, step=self._number)
+        self._desk.report("saved", number=self._number, state=state_hash(kept)[:32], lost=len(report.lost))
 
     # --- operations ---
 
@@ -281,6 +297,11 @@ def _fresh_state(start: int) -> dict[str, Tensor]:
         "history": torch.full((32,), start, dtype=torch.uint8),
         "weights": torch.full((STATE_BYTES // 8,), start, dtype=torch.int64),
     }
+
+
+def kept_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state that checkpoints keep."""
+    return {**state, "weights": state["weights"][:_KEPT]}
 
 
 def _hold(milliseconds: int) -> None:

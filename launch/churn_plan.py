@@ -16,7 +16,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Phase = Literal["", "operation", "sync", "giver", "admit", "join", "save"]
 """Where a kill or a stop lands: at a random instant, in an operation, in a state sync (any member, or the one that
 gives), in an admission, in a peer that is joining, in a member that saves a checkpoint."""
-_PHASES: dict[Phase, int] = {"": 6, "operation": 6, "sync": 2, "giver": 2, "admit": 2, "join": 2}
+_PHASES: dict[Phase, int] = {"": 6, "operation": 6, "sync": 2, "giver": 2, "admit": 2, "join": 2, "save": 2}
 _ECHO = 0.25
 """Part of the losses that are followed by another one within moments, in the middle of the recovery."""
 _WITH_COORDINATOR = 0.3
@@ -73,7 +73,6 @@ class Plan:
         ops: kinds of operations that aims are taken at.
         shortest, longest: seconds between two.
         data: whether frames of data can be damaged, because all of them have checksums.
-        saves: whether members save checkpoints.
 
     """
 
@@ -86,11 +85,9 @@ class Plan:
         longest: float,
         *,
         data: bool,
-        saves: bool = False,
     ) -> None:
         self._seed, self._kinds, self._ops = seed, kinds, ops
         self._pause = (shortest, longest)
-        self._phases: dict[Phase, int] = {**_PHASES, "save": 2} if saves else _PHASES
         self._variants: dict[Kind, tuple[str, ...]] = {
             "slow": ("stop", "hold"),
             "coordinator": ("kill", "kill", "stop"),
@@ -121,10 +118,12 @@ class Plan:
         )
 
     def _aim(self, source: random.Random) -> tuple[Phase, Aim | None]:
-        phase = source.choices(list(self._phases), list(self._phases.values()))[0]
+        phase = source.choices(list(_PHASES), list(_PHASES.values()))[0]
         point, op = source.choice(faults.POINTS), source.choice(self._ops)
-        skip = source.randrange(_MOST_SKIPS + 1)
-        if phase in ("", "join", "save"):
+        if point == "reduce" and "reduce" not in op:
+            point = "transfer"
+        skip = source.randrange(_MOST_SKIPS + 1) if point in ("transfer", "reduce") else 0
+        if phase in ("", "join"):
             return phase, None
         return phase, Aim(point=point, op=op if phase == "operation" else "", skip=skip)
 

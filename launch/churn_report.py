@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint import load_state
+from checkpoint.store import Store
+from checkpoint.verify import verify
+from collectives.state import state_hash
 from launch.churn_audit import Audit
 from launch.churn_lab import HANG_SECONDS, Lab
 from launch.churn_plan import Kind
@@ -50,6 +54,7 @@ def summary(lab: Lab, settings: Settings, seconds: float, folder: Path) -> dict[
         "from_staging": audit.from_staging,
         "member_lost": audit.interrupted,
         "syncs": audit.syncs,
+        "checkpoints": len(audit.saved),
         "healed_by_sync": audit.healed_by_sync,
         "faults": {kind: {"planned": lab.planned[kind], "fired": lab.fired[kind]} for kind in settings.faults},
         "aimed": dict(sorted(lab.aimed.items())),
@@ -75,13 +80,31 @@ def complaints(lab: Lab, audit: Audit) -> list[str]:
     return [*audit.wrong[:100], *lab.hangs, *audit.leaks[:100]]
 
 
+def prove_checkpoints(path: Path, saved: dict[int, tuple[int, str]]) -> list[str]:
+    """Load every step that a member knows to be there; return what is wrong with them.
+
+    A step that nobody lived to tell of may be there too: then it is whole.
+    """
+    if not saved and not path.exists():
+        return []
+    with Store(path) as store:
+        there = store.steps()
+        wrong = [f"checkpoint {damage.where}: {damage.what}" for damage in verify(store, there).damages]
+    for step, (peer, state) in saved.items():
+        if step not in there:
+            wrong.append(f"checkpoint {step}, saved by peer {peer}, is not there")
+        elif (found := state_hash(load_state(path, step=step))[: len(state)]) != state:
+            wrong.append(f"checkpoint {step} holds {found}, and peer {peer} saved {state}")
+    return wrong
+
+
 def show(report: dict[str, Any], false_evictions: list[str]) -> None:
     """Print tables on stdout."""
     faults = [[kind, str(n["planned"]), str(n["fired"])] for kind, n in report["faults"].items()]
     print_table(("fault", "planned", "fired"), faults)
     for what, label in (("recoveries", "ms"), ("recoveries_alone", "ms, faults by themselves")):
         _show_times(label, report[what])
-    plain = ("operations", "gib_checked", "run_again", "from_staging", "member_lost", "syncs", "seconds")
+    plain = ("operations", "gib_checked", "run_again", "from_staging", "member_lost", "syncs", "checkpoints", "seconds")
     print_table(plain, [[str(report[name]) for name in plain]])
     print_table(
         ("wrong", "hangs", "leaks", "false evictions", "damage noticed"),

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint import save
 from collectives import choice, faults
 from collectives.communicator import Communicator
 from collectives.errors import Unsupported, UsageError
+from collectives.state import state_hash
 from launch import churn, churn_cases, console
 from launch.churn_audit import Audit
 from launch.churn_cases import KINDS_OF_OPERATIONS, Workbench, case_of, contribution
 from launch.churn_peer import PHASES
 from launch.churn_plan import KINDS, Plan, parse_kinds
+from launch.churn_report import prove_checkpoints
 
 
 def plan(seed: int, **given: Any) -> Plan:
@@ -28,7 +31,7 @@ def test_a_seed_gives_one_plan_and_another_seed_another() -> None:
 
 
 def test_a_plan_has_every_fault_equally_often_and_lands_everywhere() -> None:
-    blows = [plan(1, saves=True).blow(index) for index in range(4000)]
+    blows = [plan(1).blow(index) for index in range(4000)]
     assert {kind: sum(blow.kind == kind for blow in blows) for kind in KINDS} == dict.fromkeys(KINDS, 500)
     lethal = [blow for blow in blows if blow.kind in ("kill", "stop")]
     assert {blow.phase for blow in lethal} == {"", "join", *PHASES}
@@ -103,6 +106,10 @@ def synced(member: int, **given: Any) -> dict[str, Any]:
     return {**common, "member": member, **given}
 
 
+def saved(state: str) -> dict[str, Any]:
+    return {"type": "saved", "time": 6.0, "number": 28, "state": state, "lost": 0}
+
+
 def joined(member: int, when: float, founder: bool) -> dict[str, Any]:
     return {"type": "joined", "time": when, "member": member, "epoch": 2, "founder": founder}
 
@@ -122,6 +129,7 @@ WRONG: list[tuple[list[tuple[int, dict[str, Any]]], str]] = [
     ([(0, joined(1, 1.0, True)), (0, synced(1)), (1, synced(2, state="t", winner="t"))], "the state of operation 4"),
     ([(0, joined(1, 1.0, False)), (0, synced(1))], "given by members [1], not healed then"),
     ([(0, joined(1, 1.0, True)), (1, synced(2, givers=[1, 9]))], "given by members [9], not healed then"),
+    ([(0, saved("a")), (1, saved("b"))], "checkpoint 28: peer 1 saved b, peer 0 a"),
     ([(0, {"type": "failed", "time": 1.0, "error": "StateLost", "message": "m"})], "ended with StateLost"),
     ([(0, joined(1, 1.0, True)), (0, {"type": "event", "event": "epoch", "time": 1.0, "epoch": 2})], "after 2"),
 ]
@@ -195,3 +203,13 @@ def test_faults_that_cannot_be_had_here_are_left_out_of_all_and_named(monkeypatc
     assert "need root" in left_out["partition"]
     with pytest.raises(Unsupported, match=r"--faults partition: .* need root"):
         churn._possible(("kill", "partition"), "gloo", strict=True)
+
+
+def test_checkpoints_are_loaded_and_compared_with_what_members_saved(tmp_path: Path) -> None:
+    state = {"number": torch.tensor([28]), "weights": torch.arange(5)}
+    save(tmp_path, state, step=28)
+    right = {28: (0, state_hash(state)[:32])}
+    assert prove_checkpoints(tmp_path, right) == []
+    assert "holds" in prove_checkpoints(tmp_path, {28: (0, "f" * 32)})[0]
+    assert "is not there" in prove_checkpoints(tmp_path, {**right, 42: (1, "f" * 32)})[0]
+    assert prove_checkpoints(tmp_path / "nothing", {}) == []
