@@ -6,6 +6,7 @@ disk only to see that the files it names are there; their content is judged by `
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -18,6 +19,7 @@ Preset = Literal["tiny", "1m", "10m", "100m"]
 DType = Literal["fp32", "fp64"]
 PRESET_NAMES: tuple[Preset, ...] = get_args(Preset)
 DTYPE_NAMES: tuple[DType, ...] = get_args(DType)
+_GRID = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,13 @@ class JobConfig:
     """Flat pieces in which the gradient is reduced."""
     sample_tokens: int = 160
     """Length of the text that the trained model writes at the end; 0: none."""
+    plan: str = ""
+    """Shard the step over the members by a plan: "auto" on a mesh of one axis, "AxB" on one of two as long as there are
+    that many members. Empty: each member has all of the state and computes a share of the batch."""
+    pins: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Placements that a plan must give to parameters, optimizer state or the batch: as `{"batch.0": "S(0)"}`."""
+    redundancy: int = 0
+    """1: what a member holds alone is kept a second time by another."""
     data: tuple[str, ...] = ()
     """Text files to train on; empty: the text that ships with Python (`launch.data`)."""
     out: str = "run"
@@ -80,6 +89,13 @@ class JobConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "eval_every", "hash_every", "sample_tokens", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.redundancy in (0, 1), "redundancy", self.redundancy, "0 or 1")
+        if self.plan and self.plan != "auto" and not _GRID.fullmatch(self.plan):
+            raise UsageError(f"plan is auto or a mesh such as 2x2, not {self.plan!r}")
+        if not self.plan and (self.pins or self.redundancy):
+            raise UsageError("pins and redundancy belong to a plan; give --plan auto as well")
+        if self.plan and self.reproducible:
+            raise UsageError("a planned step sums as its plan says, not reproducibly; drop --plan or --reproducible")
         _require(self.seed < 1 << 63, "seed", self.seed, "less than 2**63")
         _require(self.decay_steps is None or self.decay_steps >= 1, "decay_steps", self.decay_steps, "at least 1")
         for name in ("lr", "clip"):

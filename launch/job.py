@@ -83,7 +83,7 @@ def run_peer(
             trainer = Trainer(config, corpus)
             comm = comm_factory()
             try:
-                return _Peer(config, trainer, comm, report, leaving or threading.Event()).run()
+                return _kind(config)(config, trainer, comm, report, leaving or threading.Event()).run()
             except Evicted as error:
                 report({"event": "evicted", "member": comm.member_id, "message": str(error)})
                 over = finals.exists(config.out_dir)
@@ -99,7 +99,16 @@ def run_peer(
                 return None
 
 
-class _Peer:
+def _kind(config: JobConfig) -> type["Membership"]:
+    """How this job trains: every member has all of the state, or a part of it by a plan."""
+    if not config.plan:
+        return Membership
+    from launch.planned import PlannedMembership  # brings in torch's compiler
+
+    return PlannedMembership
+
+
+class Membership:
     """One membership of a peer, from joining to its end."""
 
     def __init__(

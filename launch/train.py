@@ -45,6 +45,11 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option(
     "--coordinator", metavar="HOST:PORT", help="Join this coordinator.  [default: RINGHOLD_COORDINATOR, else our own]"
 )
+@click.option("--plan", default="", metavar="auto|AxB", help="Shard the step over a mesh of the peers by a plan.")
+@click.option(
+    "--pin", multiple=True, metavar="NAME=S(0)", help="With --plan: how a tensor must be placed, as batch.0=S(0)."
+)
+@click.option("--redundancy", type=int, default=0, help="With --plan: 1 keeps second copies of sharded state.")
 @click.option("--run", "run_name", default="default", show_default=True, help="Name of the run.")
 @click.option("--transport", default="gloo", show_default=True, help="What carries the tensors.")
 @click.option(
@@ -109,8 +114,22 @@ def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
     if given["transport"] == "mpi":
         _check_mpi(launcher, given)
     out = given["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    names = ("preset", "steps", "batch", "context", "lr", "dtype", "seed", "data", "resume", "reproducible")
+    names = (
+        "preset",
+        "steps",
+        "batch",
+        "context",
+        "lr",
+        "dtype",
+        "seed",
+        "data",
+        "resume",
+        "reproducible",
+        "plan",
+        "redundancy",
+    )
     settings = {name: given[name] for name in names}
+    settings["pins"] = _pins(given["pin"])
     if given["microbatch"] is not None:
         settings["microbatch"] = given["microbatch"]
     elif given["reproducible"]:
@@ -145,6 +164,17 @@ def conclude(
     return outcome.conclude(code)
 
 
+def _pins(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=PLACEMENTS` by name. Raises `UsageError` for anything else."""
+    pins = {}
+    for text in given:
+        name, equals, placed = text.partition("=")
+        if not (name and equals and placed):
+            raise UsageError(f"--pin {text}: write NAME=PLACEMENTS, as in batch.0=S(0)")
+        pins[name] = placed
+    return pins
+
+
 def _check_transport(name: str) -> None:
     if name == "gloo":
         return  # always there; the others are only known to a module that imports torch
@@ -170,6 +200,8 @@ def _plan(
     given: dict[str, Any], peers: int, config: JobConfig, *, revive: bool, ours: bool
 ) -> tuple[faults.Planned, ...]:
     asked = faults.parse(given["churn"])
+    if config.plan and (given["churn_rate"] or given["restart"] or any(f.kind != "kill" for f in asked)):
+        raise UsageError("members of a planned run may be killed, but none joins or comes back; use --churn kill@STEP")
     if given["churn_rate"]:
         asked = faults.draw(given["churn_rate"], peers, config.steps, config.seed, revive, coordinator=ours)
     if not ours and any(fault.kind == "coordinator" for fault in asked):

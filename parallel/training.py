@@ -64,6 +64,11 @@ class Training:
         """What is run now."""
         return self._epoch.executor.plan
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ids of the members that share the state now, by rank."""
+        return self._epoch.members
+
     def step(self, given: Mapping[str, Tensor]) -> Results:
         """Take one step, repeated for the survivors if members are lost.
 
