@@ -160,6 +160,10 @@ class ScheduleError(RingholdError):
     """A schedule does not do what its kind promises, or leaves the result to timing."""
 
 
+class UnsoundSignature(RingholdError):
+    """A signature of an operation gives another result than the operation itself."""
+
+
 class ProtocolError(RingholdError):
     """The other end of a connection broke the protocol; the connection is closed."""
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "churn": ("launch.churn:command", "Strike the processes of a run by a seeded plan, and check every result."),
     "lab": ("launch.lab:command", "Run a command on each host of an emulated network, and cut its cables."),
     "trace": ("launch.trace:command", "Join the traces of a run's members in one file."),
+    "signatures": ("launch.signatures:command", "Prove which placements each operation takes and gives."),
     "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),
     "doctor": ("launch.doctor:command", "Check what works on this machine, or look into a running job."),
 }
