@@ -2,19 +2,22 @@
 
 A key is `[chained_C.]optimizer.distributed.dp_group_idx_G.gbuf_idx_B.dtype_(...).bucket_idx_N.STATE`; G counts tensor
 parallel ranks within pipeline stages (for experts: within their expert parallel ranks too). Which parameters a rank has
-follows from the settings, in which order from the module's code, and where they lie from `buffer_layout`; sizes of the
-buckets, which the checkpoint keeps, prove it. Used by `read_megatron_dist`.
+follows from the settings, in which order from the module's code, and where they lie from `buffer_layout`. The sizes of
+the buckets and the masters in them, which are the model's weights before rounding, prove it. Used by
+`read_megatron_dist`.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoint.dtypes import FLOATS
 from checkpoint.formats.dcp_metadata import Metadata
 from checkpoint.formats.megatron_model import EMBEDDING, EXPERT, LAYER, OUTPUT, buffer_layout, is_expert, numel
 from checkpoint.language import Pattern, Spec
-from checkpoint.lazy import Cut, Lazy, PiecesMissing, Reshaped
-from checkpoint.source import FP32
+from checkpoint.lazy import Cut, Lazy, PiecesMissing, Reshaped, from_numbers, to_numbers
+from checkpoint.source import FP32, Entry, blocks
 from collectives.region import Region
 
 _KEY = re.compile(
@@ -26,8 +29,12 @@ _ORDER = (
     "self_attention.q_layernorm.", "self_attention.k_layernorm.", "self_attention.", "pre_mlp_layernorm.",
     "mlp.router.", "mlp.experts.", "mlp.shared_experts.", "mlp.linear_fc1.", "mlp.linear_fc2.", "mlp.",
 )  # fmt: skip
-"""Order of a layer's modules in Megatron's own GPT layer; `_fused` moves norms that Transformer Engine fuses."""
+"""Order of a layer's modules in Megatron's own GPT layer."""
+_NORMS = ("input_layernorm.", "pre_mlp_layernorm.")
+_LINEARS = ("self_attention.linear_q", "mlp.linear_fc1.")
 _WITHIN = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
+_PROOF_BYTES = 1 << 16
+"""Bytes of each parameter that prove the order."""
 
 
 class Buckets:
@@ -44,6 +51,7 @@ class Buckets:
                 "the distributed optimizer's buckets of interleaved pipeline stages cannot be put back into "
                 "parameters; save with --dist-ckpt-optim-fully-reshardable, or leave them out with --weights-only"
             )
+        self._read: dict[str, Lazy] = {}
         self.buckets: dict[tuple[str, int, int], dict[int, dict[str, str]]] = {}
         for key in metadata.tensors:
             if match := _KEY.fullmatch(key):
@@ -51,16 +59,36 @@ class Buckets:
                 self.buckets.setdefault(place, {}).setdefault(int(match["bucket"]), {})[match["state"]] = key
 
     def states(self) -> dict[str, dict[str, Lazy]]:
-        """States by parameter, whole."""
+        """States by parameter, whole.
+
+        Raises:
+            PiecesMissing: in no order of parameters that Megatron has do the buckets hold the model's weights.
+
+        """
+        last: PiecesMissing | None = None
+        for fused in itertools.product((False, True), (False, True)):
+            try:
+                found = self._states(fused)
+            except PiecesMissing as error:
+                last = last or error
+                continue
+            if self._proven(found):
+                return found
+        raise last or PiecesMissing(
+            "the distributed optimizer's buckets do not hold the model's weights in any order of parameters that is "
+            "known of Megatron-Core's GPT; leave the optimizer out with --weights-only"
+        )
+
+    def _states(self, fused: tuple[bool, bool]) -> dict[str, dict[str, Lazy]]:
         shards: dict[str, dict[str, dict[int, Lazy]]] = {}
         for (chain, group, buffer), rows in sorted(self.buckets.items()):
-            params = self._params(chain, group, buffer)
+            params = self._params(chain, group, buffer, fused)
             sizes = [self._length(rows, index) for index in range(len(rows))]
             addresses, _ = buffer_layout([(name, numel(shape), shared) for name, shape, shared in params], sizes=sizes)
             for name, shape, _ in params:
                 address = addresses[name]
                 for state, key in rows[address.bucket].items():
-                    piece = Cut(self.metadata.tensor(key), Region.flat(address.start, address.stop))
+                    piece = Cut(self._bucket(key), Region.flat(address.start, address.stop))
                     kind = FP32 if state == "param" else state
                     shards.setdefault(name, {}).setdefault(kind, {})[group] = Reshaped(piece, shape)
         found: dict[str, dict[str, Lazy]] = {}
@@ -69,6 +97,23 @@ class Buckets:
                 if name != OUTPUT or name in self.model:
                     found.setdefault(name, {})[state] = self._whole(name, by_group)
         return found
+
+    def _bucket(self, key: str) -> Lazy:
+        if key not in self._read:
+            self._read[key] = self.metadata.tensor(key)
+        return self._read[key]
+
+    def _proven(self, found: Mapping[str, Mapping[str, Lazy]]) -> bool:
+        """Whether masters, rounded to the model's dtype, are its parameters: small ones whole, the start of others."""
+        for name, states in found.items():
+            master, weight = states.get(FP32), self.model[name]
+            if master is None or weight.dtype not in FLOATS:
+                continue
+            box = next(iter(blocks(Entry(name, FP32, "F32", master.shape), _PROOF_BYTES)))
+            rounded = from_numbers(to_numbers(master.read(box), master.dtype), weight.dtype)
+            if not (rounded == weight.read(box)).all():
+                return False
+        return True
 
     def _whole(self, name: str, by_group: Mapping[int, Lazy]) -> Lazy:
         ordered = [shard for _, shard in sorted(by_group.items())]
@@ -79,7 +124,9 @@ class Buckets:
             raise PiecesMissing(f"bucket {index} of the distributed optimizer is missing")
         return self.metadata.tensors[next(iter(rows[index].values()))].shape[0]
 
-    def _params(self, chain: str, group: int, buffer: int) -> list[tuple[str, tuple[int, ...], bool]]:
+    def _params(
+        self, chain: str, group: int, buffer: int, fused: tuple[bool, bool]
+    ) -> list[tuple[str, tuple[int, ...], bool]]:
         """The parameters of a buffer in the order of the model: name, shape of this rank's shard, shared embedding."""
         experts = any(is_expert(name) for name in self.model) and (chain or buffer) not in ("", 0, "chained_0.")
         if experts:
@@ -90,7 +137,7 @@ class Buckets:
         if experts:
             names = [n for n in names if self._on_expert_rank(n, ep)]
         tied = not self.args.get("untie_embeddings_and_output_weights")
-        rows = [(name, self._local(name, tp), False) for name in sorted(names, key=self._order)]
+        rows = [(name, self._local(name, tp), False) for name in sorted(names, key=lambda n: self._order(n, fused))]
         if not experts and tied and self.pp > 1:
             rows = [(n, shape, n == EMBEDDING) for n, shape, _ in rows]
             if pp == self.pp - 1:
@@ -138,33 +185,25 @@ class Buckets:
             )
         return (*shape[:dim], shape[dim] // parts, *shape[dim + 1 :])
 
-    def _order(self, name: str) -> tuple[Any, ...]:
-        """Place of a parameter among those of the model."""
+    def _order(self, name: str, fused: tuple[bool, bool]) -> tuple[Any, ...]:
+        """Place of a parameter among those of the model; `fused`: the norms of attention and of the MLP, as parts of
+        the linear layers behind them (Transformer Engine)."""
+        leaf = name.rpartition(".")[2]
         match = LAYER.fullmatch(name)
         if match is None:
-            return (0 if name.startswith("embedding.") else 2, "position" in name, name)
+            return (0 if name.startswith("embedding.") else 2, "output" in name, "position" in name, _within(leaf))
         inner = match[3][1:]
         module = next((i for i, start in enumerate(_ORDER) if inner.startswith(start)), len(_ORDER))
-        if self._fused:
-            module, inner = _moved(module, inner)
         expert = EXPERT.fullmatch(name)
-        leaf = inner.rpartition(".")[2]
-        within = _WITHIN.index(leaf) if leaf in _WITHIN else len(_WITHIN)
         local = (int(expert[2]), expert[3].rpartition(".")[0]) if expert else (0, "")
-        return (1, int(match[2]), module, *local, within, inner)
-
-    @property
-    def _fused(self) -> bool:
-        """Whether norms are parts of the linear layers behind them (Transformer Engine)."""
-        return self.args.get("transformer_impl") == "transformer_engine"
+        for norm, linear, inside in zip(_NORMS, _LINEARS, fused, strict=True):
+            if inside and inner.startswith(norm):
+                module, leaf = _ORDER.index(linear), "layer_norm_" + leaf
+        return (1, int(match[2]), module, *local, _within(leaf), inner)
 
 
-def _moved(module: int, inner: str) -> tuple[int, str]:
-    """A norm's place when it is the first parameter of the linear layer behind it."""
-    for norm, linear in (("input_layernorm.", "self_attention.linear_q"), ("pre_mlp_layernorm.", "mlp.linear_fc1.")):
-        if inner.startswith(norm):
-            return _ORDER.index(linear), "layer_norm_" + inner.removeprefix(norm)
-    return module, inner
+def _within(leaf: str) -> int:
+    return _WITHIN.index(leaf) if leaf in _WITHIN else len(_WITHIN)
 
 
 def _size(args: Mapping[str, Any], key: str, default: int = 1) -> int:
