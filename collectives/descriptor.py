@@ -37,10 +37,9 @@ class Descriptor(msgspec.Struct, frozen=True, array_like=True):
         words += [f"as operation {self.seq}"]
         return ", ".join(words)
 
-    def differs_by_view_only(self, other: "Descriptor") -> bool:
-        """Whether one was issued before a loss and the other after, all else equal."""
-        issued_apart = self.view and other.view and self.view != other.view
-        return bool(issued_apart) and msgspec.structs.replace(self, view=other.view) == other
+    def issued_apart(self, other: "Descriptor") -> bool:
+        """Whether one was issued before a loss and the other after; shapes and roots may follow from the view."""
+        return bool(self.view and other.view and self.view != other.view and self.kind == other.kind)
 
 
 def decode(data: bytes) -> Descriptor:

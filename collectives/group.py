@@ -321,7 +321,7 @@ class Group(Runner):
 
     def _complain(self, mine: Descriptor, theirs: Descriptor, other: int) -> None:
         """Report the difference and give the attempt up; the verdict reaches every member."""
-        lost = mine.differs_by_view_only(theirs) or theirs.seq > mine.seq
+        lost = mine.issued_apart(theirs) or theirs.seq > mine.seq
         message = Differs(mine.epoch, mine.lane, mine.seq, str(mine)[:2000], str(theirs)[:2000], other, lost)
         with self._session.changed:
             self._session.post(self._session.core.complain(message))
