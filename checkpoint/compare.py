@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from checkpoint.dtypes import FLOATS, NUMPY, itemsize
 from checkpoint.lazy import from_numbers, to_numbers
-from checkpoint.source import WEIGHTS, Bytes, Entry, Group, Source, blocks, states_by_name
+from checkpoint.source import FP32, WEIGHTS, Bytes, Entry, Group, Source, blocks, states_by_name
 
 _EXACTNESS = ("F64", "F32", "F16", "BF16")
 
@@ -71,28 +71,33 @@ def compare(a: Source, b: Source, tolerance: float | None = None) -> Comparison:
     """
     found: list[Difference] = []
     compared = 0
-    for key, one, other in _matched(a, b):
+    for key, one, other, rounded in _matched(a, b):
         if one is None or other is None:
             found.append(Difference(key, "only in B" if one is None else "only in A"))
             continue
         compared += 1
         if one.shape != other.shape:
             found.append(Difference(key, "shape", f"{list(one.shape)} and {list(other.shape)}"))
-        elif one.dtype != other.dtype and one.state == other.state and tolerance is None:
+        elif one.dtype != other.dtype and not rounded and tolerance is None:
             found.append(Difference(key, "dtype", f"{one.dtype} and {other.dtype}"))
         elif (values := _values(a, one, b, other, key, tolerance)) is not None:
             found.append(values)
     return Comparison(compared, tuple(found), tuple(_groups(a.groups, b.groups)))
 
 
-def _matched(a: Source, b: Source) -> Iterator[tuple[str, Entry | None, Entry | None]]:
-    """Every key of either, with what is to be compared."""
+def _matched(a: Source, b: Source) -> Iterator[tuple[str, Entry | None, Entry | None, bool]]:
+    """Every key of either, with what is to be compared, and whether one may be the other rounded.
+
+    It may if only one of the checkpoints keeps masters beside the parameters.
+    """
     left, right = _owned(a), _owned(b)
     for name in dict.fromkeys((*left, *right)):
         mine, theirs = left.get(name, {}), right.get(name, {})
         for state in dict.fromkeys((*mine, *theirs)):
             one, other = _counterpart(mine, state), _counterpart(theirs, state)
-            yield f"{name}|{state}", one, other
+            elsewhere = one is not None and other is not None and one.state != other.state
+            rounded = elsewhere or (state in WEIGHTS and (FP32 in mine) != (FP32 in theirs))
+            yield f"{name}|{state}", one, other, rounded
 
 
 def _owned(source: Source) -> dict[str, dict[str, Entry]]:

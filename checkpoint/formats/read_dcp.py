@@ -21,6 +21,9 @@ _MODEL = ("model", "app.model", "state_dict")
 _OPTIM = ("optim", "optimizer", "optimizers")
 _STATE, _GROUPS = "state", "param_groups"
 
+LIFTED = ("iteration", "scheduler", "rng", "client_state")
+"""What our own writer puts under `extra`."""
+
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds such a checkpoint."""
@@ -120,7 +123,7 @@ class _Reader:
             _put(self.source.extras, path, self._value(key))
         extra = self.source.extras.get("extra")
         if isinstance(extra, dict):
-            for ours, theirs in (("iteration", "step"), ("scheduler", "lr_sched")):
+            for ours, theirs in (*((key, key) for key in LIFTED), ("iteration", "step"), ("scheduler", "lr_sched")):
                 if theirs in extra:
                     self.source.extras.setdefault(ours, extra[theirs])
         self.source.extras["tied"] = _tied(self.metadata, model, self.source)

@@ -16,6 +16,7 @@ from typing import Any
 from checkpoint.convert import WriteOptions
 from checkpoint.formats.dcp_files import Item, StatePath, Whole, metadata, write_files
 from checkpoint.formats.output import Output
+from checkpoint.formats.read_dcp import LIFTED
 from checkpoint.source import WEIGHTS, Entry, Source, states_by_name, weight_key
 from checkpoint.torch_file import saved_box
 from collectives.errors import UsageError
@@ -30,7 +31,6 @@ _ADAM_DEFAULTS = {
     "decoupled_weight_decay": True,
 }  # fmt: skip
 """What torch's AdamW asks a checkpoint for and other optimizers do not have among their options."""
-_NOT_EXTRA = frozenset({"tied", "layout", "left_out", "args", "universal_checkpoint_info"})
 
 
 def write(source: Source, folder: Path, options: WriteOptions, progress: Callable[[int], None]) -> None:
@@ -97,7 +97,12 @@ def _values(source: Source) -> Iterator[tuple[StatePath, Any]]:
         for key, value in ((_ADAM_DEFAULTS if "betas" in options else {}) | options).items():
             yield ("optim", "param_groups", number, key), value
         yield ("optim", "param_groups", number, "params"), list(group.names)
-    yield from _leaves(("extra",), {key: value for key, value in source.extras.items() if key not in _NOT_EXTRA})
+    own = source.extras.get("extra")
+    kept = dict(own) if isinstance(own, dict) else {}
+    # What a DCP folder called its iteration and scheduler is there under that name already.
+    known = [kept.get("step"), kept.get("lr_sched")]
+    kept |= {key: source.extras[key] for key in LIFTED if key in source.extras and source.extras[key] not in known}
+    yield from _leaves(("extra",), kept)
 
 
 def _leaves(path: StatePath, value: Any) -> Iterator[tuple[StatePath, Any]]:
