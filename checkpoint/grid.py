@@ -73,7 +73,7 @@ class Grid:
             cuts[dim] = (parts, pieces)
         return cls(shape, tuple(cuts))
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Chunks along each dimension."""
         return tuple(0 if extent == 0 else parts * pieces for extent, (parts, pieces) in self._dims)
