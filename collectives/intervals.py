@@ -15,6 +15,10 @@ class IntervalMap(Generic[V]):
         self._starts = [0]
         self._values = [initial]
 
+    def __len__(self) -> int:
+        """Number of pieces; equal neighbours count apart."""
+        return len(self._starts)
+
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, V]]:
         """Yield (start, stop, value) for the pieces of [start, stop), in order."""
         at = bisect_right(self._starts, start) - 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from collectives.errors import UnsupportedTensor, UsageError
 from collectives.instructions import Kernel
 from collectives.operations.base import Operation, Plan, View
-from collectives.operations.tensors import brief, check_counts, check_out, check_rows, handed_over, row_size, write
+from collectives.operations.tensors import brief, check_counts, check_out, check_rows, handed_over, row_size, turn_in
 from collectives.reduction import ReduceOp
 
 HALF = (torch.float16, torch.bfloat16)
@@ -89,9 +89,9 @@ class AllReduce(Reduction):
         return () if self.target is None else (self.target,)
 
     def deliver(self, pieces: Sequence[Tensor], view: View) -> Tensor | None:
-        """Copy it to the target; without one the staging itself is handed over."""
+        """Bring it into the target; without one the staging itself is handed over."""
         if self.target is not None:
-            return write(pieces, self.target)
+            return turn_in(pieces, self.target)
         return handed_over(pieces, self.tensor.dtype).view(self.tensor.shape)
 
     def _check(self) -> None:

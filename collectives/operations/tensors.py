@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from collectives.arena import exchange
 from collectives.errors import UnsupportedTensor, UsageError
 from collectives.staging import copy_out
 
@@ -79,6 +80,18 @@ def handed_over(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     line = joined(pieces, dtype)
     wasteful = line.untyped_storage().nbytes() > 2 * line.nbytes
     return line.to(dtype, copy=wasteful)
+
+
+def turn_in(pieces: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Bring the pieces, which nobody needs any more, into `target` as `write` does, if possible without a copy."""
+    if len(pieces) == 1 and pieces[0].dtype == target.dtype and target.is_contiguous():
+        line = target.detach().view(-1)
+        done = exchange(pieces[0], line) // line.itemsize
+        if done:
+            torch.autograd.graph.increment_version(target)
+            write([pieces[0][done:]], line[done:])
+            return target
+    return write(pieces, target)
 
 
 def write(pieces: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from collectives.arena import CAPACITY, Arena, MappedArena, process_arena
+from collectives.arena import CAPACITY, SMALLEST_EXCHANGE, Arena, MappedArena, process_arena
 
 
 def resident_pages(arena: Arena) -> int:
@@ -53,6 +53,54 @@ def test_memory_goes_back_when_the_last_view_goes() -> None:
     gc.collect()
     assert resident_pages(arena) == 0
     assert arena.offset(arena.empty(1, torch.uint8)) == starts[0]
+
+
+PAGES = 3 * SMALLEST_EXCHANGE
+
+
+def test_two_tensors_exchange_their_pages_and_peers_see_it() -> None:
+    arena = Arena()
+    mapped = MappedArena(arena.descriptor)
+    tensors = [arena.empty(PAGES + 5, torch.uint8).fill_(value) for value in range(3)]
+    offsets = [arena.offset(tensor) for tensor in tensors]
+    for one, other in ((0, 1), (1, 2), (0, 2), (0, 1)):
+        expected = [int(tensor[0]) for tensor in tensors]
+        expected[one], expected[other] = expected[other], expected[one]
+        tails = [int(tensor[-1]) for tensor in tensors]
+        assert arena.exchange(tensors[one], tensors[other]) == PAGES
+        for tensor, value, tail in zip(tensors, expected, tails, strict=True):
+            head = tensor[:PAGES]
+            assert head.eq(value).all()
+            assert tensor[PAGES:].eq(tail).all(), "what is no whole page stays"
+            offset = arena.offset(head[4096:])
+            assert offset is not None
+            assert torch.equal(mapped.view(offset, head[4096:]), head[4096:])
+            tensor[7] = value
+    assert {arena.offset(tensor[:PAGES]) for tensor in tensors} == set(offsets)
+    assert any(arena.offset(tensor) is None for tensor in tensors), "it lies in two pieces"
+    del tensors, tensor, head
+    gc.collect()
+    assert resident_pages(arena) == 0
+    again = arena.empty(2 * PAGES, torch.uint8).fill_(9)
+    offset = arena.offset(again)  # one piece, where there were several
+    assert offset is not None
+    assert mapped.view(offset, again).eq(9).all()
+
+
+def test_nothing_else_is_exchanged() -> None:
+    arena = Arena()
+    one, other = arena.empty(2 * PAGES, torch.uint8).fill_(1), arena.empty(2 * PAGES, torch.uint8).fill_(2)
+    assert arena.exchange(one[:4096], other[:4096]) == 0, "too little"
+    assert arena.exchange(one[1 : PAGES + 1], other[1 : PAGES + 1]) == 0, "no pages"
+    assert arena.exchange(one[:PAGES], other) == 0, "of another size"
+    assert arena.exchange(one[:PAGES], one[4096 : PAGES + 4096]) == 0, "they overlap"
+    assert arena.exchange(one, torch.zeros(2 * PAGES, dtype=torch.uint8)) == 0, "ordinary memory"
+    assert arena.exchange(one, Arena().empty(2 * PAGES, torch.uint8)) == 0, "another arena"
+    assert arena.exchange(one[:PAGES], other[:PAGES]) == PAGES
+    assert arena.exchange(one, other) == 0, "in several pieces"
+    assert one[PAGES:].eq(1).all()
+    assert one[:PAGES].eq(2).all()
+    assert other[:PAGES].eq(1).all()
 
 
 def test_all_memory_in_use_is_said() -> None:

@@ -6,12 +6,13 @@ from unittest import mock
 
 import torch
 
-from collectives.arena import process_arena
+from collectives.arena import SMALLEST_EXCHANGE, process_arena
 from collectives.communicator import Communicator
 from collectives.transports.remote import RemoteMemory
 from tests.conformance.values import exact, reduced
 from tests.harness.peer import Peer, bits
 
+PAGE = 4096
 SIZES = (1, 1000, 300_000, 1_500_007)
 
 
@@ -29,9 +30,15 @@ def registered(comm: Communicator, mapped: bool) -> list[str]:
             tensor.copy_(inputs[comm.rank])
             out = comm.all_reduce(tensor, inplace=False, algorithm=algorithm).result
             assert torch.equal(tensor, inputs[comm.rank])
+            before = process_arena().offset(tensor[:PAGE]) if mapped else None
             comm.all_reduce(tensor, algorithm=algorithm)
             assert out is not None
             assert torch.equal(out, reduced(inputs, "sum"))
+            assert torch.equal(out, tensor)
+            if before is not None and tensor.nbytes > SMALLEST_EXCHANGE:
+                assert process_arena().offset(tensor[:PAGE]) != before, "the result was copied"
+            # Once more, where the pages lie now.
+            comm.all_reduce(tensor, "max", algorithm=algorithm)
             assert torch.equal(out, tensor)
             digests.append(bits(tensor))
     return digests
