@@ -8,7 +8,6 @@ it.
 
 import collections
 import pickle
-import pickletools
 import re
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -308,6 +307,8 @@ def _refuse_huge_memo(data: bytes, where: str) -> None:
     """
     if not _LARGE_MEMO.search(data):
         return
+    import pickletools
+
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):

@@ -50,9 +50,9 @@ def open_source(path: str | os.PathLike[str], form: str | None = None, spec: Spe
 
 def _detect(path: str, form: str | None) -> tuple[str, str | Path]:
     if form == "ringhold" or "://" in path or not Path(path).exists():
-        from checkpoint.store import is_store
+        from checkpoint.store import is_store, parse_reference
 
-        if form == "ringhold" or is_store(path):
+        if form == "ringhold" or is_store(parse_reference(path)[0]):
             return "ringhold", path
     place = resolved(Path(path), None)
     try:
