@@ -328,7 +328,7 @@ def _fill(block: WovenBlock, shape: WovenShape, rank: int, size: int, chance: to
     rows = slice(heads[0] * (width // shape.heads), heads[1] * (width // shape.heads))
 
     def drawn(*sizes: int) -> Tensor:
-        return (torch.randn(sizes, generator=chance, dtype=torch.float64) * width**-0.5).to(dtype)
+        return torch.randn(sizes, generator=chance, dtype=torch.float64).mul(width**-0.5).to(dtype)
 
     block.query_key_value.copy_(drawn(3, width, width)[:, rows].reshape(-1, width))
     block.attention_out.copy_(drawn(width, width)[:, rows])
