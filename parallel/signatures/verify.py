@@ -59,8 +59,8 @@ def verify(
 
 def _try_claims(call: Call, world: int, finding: Finding) -> None:
     for signature in signatures(call.node, world):
-        if fault := _fault(call, [signature], Mesh.of(x=world)):
-            finding.unsound.append(f"{call}: {signature} on {world} ranks: {fault}")
+        if reason := fault(call, [signature], Mesh.of(x=world)):
+            finding.unsound.append(f"{call}: {signature} on {world} ranks: {reason}")
         else:
             finding.sound += 1
 
@@ -69,13 +69,13 @@ def _try_pairs(call: Call, sizes: tuple[int, int], finding: Finding) -> None:
     mesh = Mesh.of(x=sizes[0], y=sizes[1])
     for chosen in product(*(signatures(call.node, size) for size in sizes)):
         if together(call.node, chosen, sizes):
-            if fault := _fault(call, chosen, mesh):
-                finding.unsound.append(f"{call}: {' and '.join(map(str, chosen))} on {mesh}: {fault}")
+            if reason := fault(call, chosen, mesh):
+                finding.unsound.append(f"{call}: {' and '.join(map(str, chosen))} on {mesh}: {reason}")
             else:
                 finding.pairs += 1
 
 
-def _fault(call: Call, chosen: Sequence[Signature], mesh: Mesh) -> str:
+def fault(call: Call, chosen: Sequence[Signature], mesh: Mesh) -> str:
     """Why signatures, one for each axis, do not hold for a call; empty if they do."""
     try:
         runs = [localize(call.node, chosen, mesh, rank) for rank in mesh.ranks]
@@ -107,7 +107,7 @@ def missing(call: Call, world: int) -> Iterator[Signature]:
     """Signatures that hold on one axis and neither are in the table nor follow from one that is."""
     known = signatures(call.node, world)
     for signature in _holding(call, world):
-        if not any(_follows(signature, claimed) for claimed in known):
+        if not any(follows(signature, claimed) for claimed in known):
             yield signature
 
 
@@ -136,7 +136,7 @@ def _outputs(call: Call, inputs: tuple[Placement, ...], world: int) -> Iterator[
     choices = [list(_choices(value, world, PARTIALS)) for value in call.node.outputs]
     if TABLE[call.node.op].local is not unchanged:
         for outputs in product(*choices):
-            if not _fault(call, [Signature(inputs, outputs)], mesh):
+            if not fault(call, [Signature(inputs, outputs)], mesh):
                 yield outputs
         return
     layouts = [Layout(mesh, (placement,)) for placement in inputs]
@@ -153,7 +153,7 @@ def _outputs(call: Call, inputs: tuple[Placement, ...], world: int) -> Iterator[
     yield from product(*choices)
 
 
-def _follows(signature: Signature, claimed: Signature) -> bool:
+def follows(signature: Signature, claimed: Signature) -> bool:
     """Whether a signature is a weaker form of another: equal values on all ranks are extremes of themselves, too."""
 
     def weaker(one: Placement, other: Placement) -> bool:
