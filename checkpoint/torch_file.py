@@ -25,7 +25,10 @@ Raw: TypeAlias = bytes | memoryview
 
 _ALIGNMENT = 64
 _STREAMED = 0x0808  # flags: checksum and sizes follow the data; names are UTF-8
-_LARGE = 0xFFFFFFFF
+_ELSEWHERE = 0xFFFFFFFF
+"""Stands for a number that is in a field of 64 bits."""
+_LARGE = _ELSEWHERE
+"""Numbers from here on are."""
 _EPOCH = 0x21  # the first of January 1980, the zero of zip's calendar: files of one state are equal whenever written
 _TORCH_NAMES = {ours: torch for torch, ours in TORCH.items()}
 _STORAGES = {
@@ -154,7 +157,7 @@ class _Zip:
         room = 30 + len(name) + len(wide) + 4
         filler = -(start + room) % _ALIGNMENT
         extra = wide + b"FB" + struct.pack("<H", filler) + b"Z" * filler
-        sizes = _LARGE if large else 0
+        sizes = _ELSEWHERE if large else 0
         head = struct.pack("<4s5H3I2H", b"PK\3\4", 45 if large else 20, _STREAMED, 0, 0, _EPOCH, 0, sizes, sizes, len(name), len(extra))  # fmt: skip # noqa: E501
         pending: list[Raw] = [head + name + extra]
         checksum = 0
@@ -180,7 +183,7 @@ class _Zip:
             tail = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, at)
             tail += struct.pack("<4sIQI", b"PK\6\7", 0, at + length, 1)
         narrow = min(count, 0xFFFF)
-        tail += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, narrow, narrow, length, min(at, _LARGE), 0)
+        tail += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, narrow, narrow, length, _short(at), 0)
         self._send([directory + tail])
         return self._at
 
@@ -201,10 +204,14 @@ def send(out: int, parts: list[Raw]) -> int:
     return total
 
 
+def _short(number: int) -> int:
+    return _ELSEWHERE if number >= _LARGE else number
+
+
 def _listing(name: bytes, checksum: int, size: int, start: int) -> bytes:
     """One line of a zip's directory."""
     wide = b"".join(struct.pack("<Q", number) for number in (size, size, start) if number >= _LARGE)
     extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
-    short = min(size, _LARGE)
+    short = _short(size)
     version = 45 if wide else 20
-    return struct.pack("<4s6H3I5H2I", b"PK\1\2", version, version, _STREAMED, 0, 0, _EPOCH, checksum, short, short, len(name), len(extra), 0, 0, 0, 0, min(start, _LARGE)) + name + extra  # fmt: skip # noqa: E501
+    return struct.pack("<4s6H3I5H2I", b"PK\1\2", version, version, _STREAMED, 0, 0, _EPOCH, checksum, short, short, len(name), len(extra), 0, 0, 0, 0, _short(start)) + name + extra  # fmt: skip # noqa: E501
