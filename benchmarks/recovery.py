@@ -1,6 +1,7 @@
 """How long the survivors of a SIGKILL take, stage by stage, until the first good operation of the new epoch.
 
     python -m benchmarks.recovery
+    python -m benchmarks.recovery --transport shm
 
 Four peers, idle or in all-reduces of 16 MiB back to back, lose a random member at a random instant, and are refilled by
 one that joins. Times are from the kill to the *last* survivor, in milliseconds.
@@ -42,12 +43,12 @@ LABELS = {
 class _Member:
     """A peer: it reduces back to back, or once whenever the membership changed."""
 
-    def __init__(self, desk: Desk, busy: bool) -> None:
+    def __init__(self, desk: Desk, busy: bool, transport: str) -> None:
         self._desk, self._busy = desk, busy
         self._ready = threading.Event()
         self._tensor = torch.ones((BUSY_BYTES if busy else IDLE_BYTES) // 4)
         self._sum = torch.zeros_like(self._tensor)
-        self._comm: Communicator = desk.join(self._hear)
+        self._comm: Communicator = desk.join(self._hear, transport)
         desk.report("joined", member=self._comm.member_id)
         (self._work if busy else self._idle)()
 
@@ -97,9 +98,9 @@ class _Member:
 class _Trials:
     """One crew that loses members and is refilled."""
 
-    def __init__(self, crew: Crew, busy: bool, size: int, rng: random.Random) -> None:
+    def __init__(self, crew: Crew, busy: bool, size: int, transport: str, rng: random.Random) -> None:
         self._crew, self._busy, self._size, self._rng = crew, busy, size, rng
-        self._work: Callable[[Desk], None] = partial(_be_member, busy=busy)
+        self._work: Callable[[Desk], None] = partial(_be_member, busy=busy, transport=transport)
         self._members: dict[Peer, int] = {}
         self._at_work: set[Peer] = set()
         self._asked: set[Peer] = set()
@@ -159,21 +160,22 @@ class _Trials:
                         self._at_work.discard(peer)
 
 
-def _be_member(desk: Desk, busy: bool) -> None:
-    _Member(desk, busy)
+def _be_member(desk: Desk, busy: bool, transport: str) -> None:
+    _Member(desk, busy, transport)
 
 
 @click.command()
 @click.option("--trials", default=30, show_default=True, help="Kills, idle and busy each.")
 @click.option("--peers", default=4, show_default=True, help="Members before each kill.")
 @click.option("--seed", default=1, show_default=True, help="Of victims and instants.")
+@click.option("--transport", default="gloo", show_default=True, help="Of all members.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
-def main(trials: int, peers: int, seed: int, json_file: Path | None) -> None:
+def main(trials: int, peers: int, seed: int, transport: str, json_file: Path | None) -> None:
     """Measure the recovery from SIGKILLs."""
-    report: dict[str, Any] = {"peers": peers, "trials": trials, "seed": seed, "unit": "ms"}
+    report: dict[str, Any] = {"peers": peers, "trials": trials, "seed": seed, "transport": transport, "unit": "ms"}
     for load in ("idle", "busy"):
         with Crew({"founders": peers}) as crew:
-            group = _Trials(crew, load == "busy", peers, random.Random(f"{load} {seed}"))
+            group = _Trials(crew, load == "busy", peers, transport, random.Random(f"{load} {seed}"))
             strikes = []
             for _ in range(trials):
                 strikes.append(group.kill())
@@ -189,7 +191,7 @@ def main(trials: int, peers: int, seed: int, json_file: Path | None) -> None:
     for stage in STAGES:
         figures = [report[load][stage] for load in ("idle", "busy")]
         rows.append([LABELS[stage], *(one[what] for one in figures for what in ("p50", "p99", "max"))])
-    print(f"{peers} peers, {trials} kills each; ms from the kill to the last survivor")
+    print(f"{transport}: {peers} peers, {trials} kills each; ms from the kill to the last survivor")
     print(table(["", "idle p50", "p99", "max", "busy p50", "p99", "max"], rows))
     write_json(json_file, report)
 
