@@ -8,7 +8,7 @@ from pathlib import Path
 from checkpoint.files import Unreadable
 from checkpoint.language import Spec
 from checkpoint.source import Source
-from collectives.errors import UnknownFormat, UsageError
+from collectives.errors import CorruptFile, UnknownFormat, UsageError
 
 READERS: dict[str, str] = {
     "ringhold": "checkpoint.formats.read_ringhold",
@@ -38,13 +38,19 @@ def open_source(path: str | os.PathLike[str], form: str | None = None, spec: Spe
         UnknownFormat: it is none that Ringhold reads.
         UsageError: `form` is none.
         Unreadable: it is not there.
+        CorruptFile: it is damaged.
 
     """
     if form is not None and form not in READERS:
         raise UsageError(f"cannot read {form!r}; there are {', '.join(READERS)}")
     found, place = (form, resolved(Path(path), form)) if form and form != "ringhold" else _detect(os.fspath(path), form)
     module = import_module(READERS[found])
-    source: Source = module.read(place, spec)
+    try:
+        source: Source = module.read(place, spec)
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read: {error.strerror or error}") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{path}: not laid out as {found} writes it ({error!r}); is it whole?") from error
     return source
 
 

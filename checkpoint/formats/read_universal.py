@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import Files, Unreadable
+from checkpoint.formats.deepspeed_states import number, options_of, shape_of, shape_rows, tensor_of
 from checkpoint.formats.deepspeed_tp import by_affine_map, spec_of
 from checkpoint.formats.gathered import Gathered, tied
-from checkpoint.formats.read_deepspeed import OWN_KEYS, number, options_of, shape_of, shape_rows, tensor_of
+from checkpoint.formats.read_deepspeed import OWN_KEYS
 from checkpoint.language import Spec
 from checkpoint.lazy import Flat, Lazy, PiecesMissing, Stored, scalar
 from checkpoint.source import FP32, FROZEN, PARAM, STEP, Group

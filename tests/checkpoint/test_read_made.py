@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint.formats.deepspeed_zero import expert_ranks
 from checkpoint.formats.detect import open_source, resolved
 from checkpoint.formats.megatron_model import buffer_layout
-from checkpoint.formats.read_deepspeed import expert_ranks
 from checkpoint.language import PatternMissing, Spec
 from checkpoint.lazy import PiecesMissing
 from checkpoint.source import Source
