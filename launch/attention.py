@@ -66,7 +66,12 @@ SCHEMES = ("ring", "bidirectional", "token_ring", "token_ring_relay", "hybrid", 
 @click.option(
     "--trace", "trace_to", type=click.Path(dir_okay=False, path_type=Path), help="Write a trace for Perfetto."
 )
-@click.option("--svg", "svg_to", type=click.Path(dir_okay=False, path_type=Path), help="Draw computing and transfers.")
+@click.option(
+    "--svg",
+    "svg_to",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw computing and transfers (of the last scheme).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a scheme.")
 def command(scheme: str, ranks: int | None, trace_to: Path | None, svg_to: Path | None, **given: Any) -> int:
     """Run attention over a sequence that is spread over ranks, on embeddings of real text, and check it.
@@ -91,7 +96,7 @@ def command(scheme: str, ranks: int | None, trace_to: Path | None, svg_to: Path 
         request = _request(scheme, world, given, folder if traced else "")
         wrong = _measure(request, launcher, world, given["as_json"])
         if traced:
-            _draw(Path(folder), trace_to, svg_to, f"{scheme}, {world} ranks, {request.seq} rows")
+            _draw(Path(folder), trace_to, svg_to, f"{request.schemes[-1]}, {world} ranks, {request.seq} rows")
     return 1 if wrong else 0
 
 
@@ -174,14 +179,13 @@ class _Report:
         if self._as_json or not self._rows:
             return
         print_table(
-            ("scheme", "error", "allowed", "sent", "formula", "time", "simulated", "eta", "simulated", ""),
+            ("scheme", "error", "sent", "formula", "time", "simulated", "eta", "simulated", ""),
             [
                 (
                     row["scheme"],
                     f"{row['max_error']:.1e}",
-                    f"{row['allowed_error']:.1e}",
-                    str(row["bytes_sent"]),
-                    str(row["bytes_formula"]),
+                    units.size(row["bytes_sent"]),
+                    "equal" if row["bytes_sent"] == row["bytes_formula"] else units.size(row["bytes_formula"]),
                     units.duration(row["time_s"]),
                     "-" if row["predicted_s"] is None else units.duration(row["predicted_s"]),
                     _share(row["eta"]),

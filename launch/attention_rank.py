@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,8 +49,7 @@ def measure(request: AttentionRequest, place: Place, tell: Tell) -> int:
     with tempfile.TemporaryDirectory(prefix="ringhold-attention-") as folder:
         options = _options(request, place, Path(folder))
         with Communicator.join(place.coordinators[RUN], RUN, place.token, request.transport, options) as comm:
-            rank = _Rank(request, comm, tell, options.topology)
-            return sum(not rank.run(scheme) for scheme in request.schemes)
+            return _Rank(request, comm, tell, options.topology).run()
 
 
 def _options(request: AttentionRequest, place: Place, folder: Path) -> Options:
@@ -67,6 +66,19 @@ def _options(request: AttentionRequest, place: Place, folder: Path) -> Options:
     return replace(options, topology=path)
 
 
+@dataclass(slots=True)
+class _Case:
+    """A scheme: its problem, its error and that allowed; how long kernels take, runs took, and bytes that were sent."""
+
+    asked: str
+    problem: Problem
+    error: float
+    allowed: float
+    took: dict[str, float]
+    times: list[float] = field(default_factory=list)
+    sent: int = 0
+
+
 class _Rank:
     """What a rank knows."""
 
@@ -78,24 +90,40 @@ class _Rank:
         self._network: Topology = load(Path(topology)) if topology else mesh(comm.size, link)
         self._text = _embedded(request, self._dtype)
 
-    def run(self, scheme: str) -> bool:
-        """Check and time one scheme; whether error and bytes are right."""
-        request = self._request
-        problem = self._problem(scheme, request.seq)
+    def run(self) -> int:
+        """Check all schemes, then time them in turns; how many were wrong."""
+        cases = [self._case(scheme) for scheme in self._request.schemes]
+        for number in range(self._request.rounds):
+            self._progress(f"timing {self._request.seq} rows, round {number + 1}")
+            for case in cases:
+                self._time(case)
+        rows = [self._row(case) for case in cases]
+        if self._comm.rank == 0:
+            for row in rows:
+                self._tell({"type": "row", "row": row})
+        return sum(not row["correct"] for row in rows)
+
+    def _case(self, scheme: str) -> "_Case":
+        """Check a scheme against one process."""
+        problem = self._problem(scheme, self._request.seq)
         if scheme == "auto":
             problem = choose(problem, self._network)
-        self._progress(f"{problem.scheme}: checking {request.checked} rows")
-        error, single = self._checked(self._problem(problem.scheme, request.checked, problem.columns))
-        self._progress(f"{problem.scheme}: timing {request.seq} rows")
-        sent, times, kernels = self._timed(problem)
-        row = self._figures(problem, scheme, times, kernels)
-        formula = total_bytes(problem, self._balance.name)
-        allowed = max(2 * single, _FLOOR[self._dtype])
-        row |= {"max_error": error, "allowed_error": allowed, "bytes_sent": sent, "bytes_formula": formula}
-        row["correct"] = error <= allowed and sent == formula
-        if self._comm.rank == 0:
-            self._tell({"type": "row", "row": row})
-        return bool(row["correct"])
+        self._progress(f"{problem.scheme}: checking {self._request.checked} rows")
+        error, single = self._checked(self._problem(problem.scheme, self._request.checked, problem.columns))
+        took = self._modelled(layout(problem)) if self._request.modelled else {}
+        return _Case(scheme, problem, error, max(2 * single, _FLOOR[self._dtype]), took)
+
+    def _row(self, case: "_Case") -> dict[str, Any]:
+        """What there is to tell of a scheme."""
+        formula = total_bytes(case.problem, self._balance.name)
+        return {
+            **self._figures(case),
+            "max_error": case.error,
+            "allowed_error": case.allowed,
+            "bytes_sent": case.sent,
+            "bytes_formula": formula,
+            "correct": case.error <= case.allowed and case.sent == formula,
+        }
 
     def _problem(self, scheme: str, rows: int, columns: int | None = None) -> Problem:
         request, world = self._request, self._comm.size
@@ -149,26 +177,21 @@ class _Rank:
         assert largest is not None
         return float(largest[0]), float(largest[1])
 
-    def _timed(self, problem: Problem) -> tuple[int, list[float], dict[str, float]]:
-        """Bytes that all ranks sent in a round, the seconds of each round, and how long each kernel took."""
-        plan = layout(problem)
-        binder = Binder(plan, self._comm.rank)
-        q, k, v = self._mine(problem, self._request.seq)
+    def _time(self, case: "_Case") -> None:
+        """Run a scheme once, and note how long it took and how many bytes all ranks sent."""
+        binder = Binder(layout(case.problem), self._comm.rank)
+        q, k, v = self._mine(case.problem, self._request.seq)
         source = binder.source((q,), (k, v))
         del q, k, v
-        took = self._modelled(plan) if self._request.modelled else {}
-        kernels = {name: self._kernel(name, kernel, took) for name, kernel in binder.kernels.items()}
-        times = []
-        sent = 0
-        for _ in range(self._request.rounds):
-            self._comm.barrier()
-            before, begun = self._comm.meter.total, time.monotonic()
-            self._comm.redistribute(plan.schedule, source, kernels=kernels)
-            sent = self._comm.meter.total - before
-            times.append(self._span(begun, time.monotonic()))
+        kernels = {name: self._kernel(name, kernel, case.took) for name, kernel in binder.kernels.items()}
+        self._comm.barrier()
+        before, begun = self._comm.meter.total, time.monotonic()
+        self._comm.redistribute(binder.layout.schedule, source, kernels=kernels)
+        sent = self._comm.meter.total - before
+        case.times.append(self._span(begun, time.monotonic()))
         total = self._comm.all_reduce(torch.tensor([sent], dtype=torch.int64)).result
         assert total is not None
-        return int(total), times, self._everyones(took)
+        case.sent = int(total)
 
     def _span(self, begun: float, ended: float) -> float:
         """From when the last rank began until the last one ended, by the host's clock."""
@@ -203,19 +226,18 @@ class _Rank:
         settings: dict[str, Any] = {"itemsize": 1, "kernel_seconds": known.__getitem__}
         return simulate(plan.schedule, self._network, **settings).time
 
-    def _figures(
-        self, problem: Problem, asked: str, times: list[float], kernels: Mapping[str, float]
-    ) -> dict[str, Any]:
+    def _figures(self, case: "_Case") -> dict[str, Any]:
         """Times, and how well computation and communication overlap; as measured and as simulated."""
-        plan, took = layout(problem), min(times)
+        plan, took = layout(case.problem), min(case.times)
+        kernels = self._everyones(case.took)
         emulated = self._request.transport.startswith(PREFIX)
         predicted = self._simulated(plan, kernels) if emulated else None
         moving = self._simulated(plan, {}) if emulated else None
         computing = _busiest(plan, kernels)
         return {
-            "scheme": problem.scheme,
-            "asked": asked,
-            "columns": problem.columns,
+            "scheme": case.problem.scheme,
+            "asked": case.asked,
+            "columns": case.problem.columns,
             "ranks": self._comm.size,
             "seq": self._request.seq,
             "checked_seq": self._request.checked,
