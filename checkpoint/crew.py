@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from checkpoint.codec import Bytes
+from collectives import errors
 from collectives.communicator import Communicator
+from collectives.errors import RingholdError
 from collectives.gather_bytes import gather_bytes
 from collectives.membership.claims import digest_of
 from collectives.outcome import Outcome
@@ -108,6 +110,22 @@ class Team:
 def _whole(result: Tensor | None) -> Tensor:
     assert result is not None, "an all-to-all has a result"
     return result
+
+
+def tell(error: RingholdError | None) -> str:
+    """An error as a rank tells it to the others; empty if there is none."""
+    return "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def raise_told(mine: RingholdError | None, told: Mapping[int, str], doing: str) -> None:
+    """Raise this rank's own error, else the first that another rank told, of the same class."""
+    if mine is not None:
+        raise mine
+    for rank, text in told.items():
+        if text:
+            name, _, message = text.partition(": ")
+            kind = getattr(errors, name, RingholdError)
+            raise kind(f"rank {rank} cannot {doing}: {message}")
 
 
 def crew_of(comm: Communicator | None, lane: str) -> Crew:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import holdings, nest, tensors
-from checkpoint.crew import Crew, crew_of
+from checkpoint.crew import Crew, crew_of, raise_told, tell
 from checkpoint.filling import fill
 from checkpoint.holdings import Layouts, Sharded
 from checkpoint.manifest import Chunk
@@ -181,13 +181,13 @@ class Loading:
                 rank: msgspec.json.decode(row, type=_Opening)
                 for rank, row in self._crew.gather(msgspec.json.encode(opening)).items()
             }
-            self._raise({rank: one.error for rank, one in heard.items()})
+            raise_told(self._error, {rank: one.error for rank, one in heard.items()}, "load")
             reader, shards, misfits = self._look(reader, heard[min(heard)].step, wanted, layouts, into)
             told = {
                 rank: msgspec.json.decode(row, type=_Misfits)
                 for rank, row in self._crew.gather(msgspec.json.encode(misfits)).items()
             }
-            self._raise({rank: one.error for rank, one in told.items()})
+            raise_told(self._error, {rank: one.error for rank, one in told.items()}, "load")
             assert reader is not None, "a rank that cannot read it has said so"
             known = {key for one in heard.values() for key in one.keys}
             unexpected = tuple(key for key in reader.tensors if key not in known)
@@ -211,7 +211,7 @@ class Loading:
             error = failure
         self._error = error
         number = -1 if reader is None else reader.manifest.step
-        return _Opening(number, list(wanted), "" if error is None else str(error)), wanted, reader
+        return _Opening(number, list(wanted), tell(error)), wanted, reader
 
     def _look(
         self, reader: Reader | None, step: int, wanted: dict[str, Tensor], layouts: Layouts, into: dict[str, Any]
@@ -234,7 +234,7 @@ class Loading:
             missing |= dict.fromkeys(fill(into, reader.manifest.state, write=False), "")
         except RingholdError as error:
             self._error = error
-        return reader, shards, _Misfits(missing, mismatched, "" if self._error is None else str(self._error))
+        return reader, shards, _Misfits(missing, mismatched, tell(self._error))
 
     def _shard(self, reader: Reader, key: str, tensor: Tensor, chosen: Sharded | None) -> Shard:
         """What a tensor is to hold; raises what is to be said where it cannot."""
@@ -280,8 +280,8 @@ class Loading:
             read = self._fill_tensors(reader, {key: wanted[key] for key in shards}, shards)
         except RingholdError as error:
             self._error = error
-        rows = self._crew.gather(b"" if self._error is None else str(self._error).encode())
-        self._raise({rank: row.decode() for rank, row in rows.items()})
+        rows = self._crew.gather(tell(self._error).encode())
+        raise_told(self._error, {rank: row.decode() for rank, row in rows.items()}, "load")
         fill(into, reader.manifest.state, write=True)
         return read
 
@@ -311,14 +311,6 @@ class Loading:
         for tensor in wanted.values():
             tensors.changed(tensor)
         return sum(burst.length for burst in plan)
-
-    def _raise(self, told: Mapping[int, str]) -> None:
-        """Raise this rank's own error, or say whose it was."""
-        if self._error is not None:
-            raise self._error
-        for rank, text in told.items():
-            if text:
-                raise StorageFailed(f"rank {rank} cannot load: {text}")
 
     def _report(
         self, reader: Reader, shards: dict[str, Shard], read: int, missing: tuple[str, ...], unexpected: tuple[str, ...]

@@ -28,7 +28,7 @@ from torch import Tensor
 from checkpoint import holdings, nest, tensors
 from checkpoint.assignment import Job, assign
 from checkpoint.codec import Bytes, Codec
-from checkpoint.crew import Crew, crew_of
+from checkpoint.crew import Crew, crew_of, raise_told, tell
 from checkpoint.dtypes import ITEMSIZE
 from checkpoint.grid import Grid
 from checkpoint.holdings import Holding, Layouts, Whole
@@ -208,18 +208,17 @@ class Saving:
             holding = holdings.describe(packed, described, layouts)
         except RingholdError as error:
             self._error = error
-        text = "" if self._error is None else str(self._error)
-        return _Opening(holding, text, new_save_name(max(number, 0)), number, dict(metadata)), local
+        return _Opening(holding, tell(self._error), new_save_name(max(number, 0)), number, dict(metadata)), local
 
     def _tell_opening(self, opening: _Opening) -> dict[int, _Opening]:
         try:
             data = msgspec.json.encode(opening)
         except (TypeError, ValueError, RecursionError) as error:
             self._error = UsageError(f"metadata of a checkpoint are JSON values: {error}")
-            data = msgspec.json.encode(_Opening(None, str(self._error), "", -1, {}))
+            data = msgspec.json.encode(_Opening(None, tell(self._error), "", -1, {}))
         rows = self._crew.gather(data)
         heard = {rank: msgspec.json.decode(row, type=_Opening) for rank, row in rows.items()}
-        self._raise_errors({rank: one.error for rank, one in heard.items()})
+        raise_told(self._error, {rank: one.error for rank, one in heard.items()}, "save")
         return heard
 
     def _write(self, first: _Opening, wholes: dict[str, Whole], local: dict[str, Tensor], progress: _Progress) -> None:
@@ -349,10 +348,10 @@ class Saving:
 
     def _confirm(self, progress: _Progress) -> None:
         """Step 3: everybody hears what is on the disk."""
-        error = "" if self._error is None else str(self._error)
+        error = tell(self._error)
         rows = self._crew.gather(msgspec.msgpack.encode(_Report([] if error else self._mine, self._written, error)))
         reports = {rank: msgspec.msgpack.decode(row, type=_Report) for rank, row in rows.items()}
-        self._raise_errors({rank: report.error for rank, report in reports.items()})
+        raise_told(self._error, {rank: report.error for rank, report in reports.items()}, "save")
         progress.alive = tuple(reports)
         progress.done = {(key, index): where for report in reports.values() for key, index, where in report.placed}
         progress.extra = [where for report in reports.values() for *_, where in report.placed]
@@ -377,25 +376,16 @@ class Saving:
         """Step 4: until a rank that is alive says that it did it."""
         while True:
             publisher = min(progress.alive)
-            error = ""
             if publisher == self._crew.rank:
                 try:
                     self._store.publish(manifest)
-                except RingholdError as failure:
-                    self._error, error = failure, str(failure)
-            rows = self._crew.gather(error.encode())
+                except RingholdError as error:
+                    self._error = error
+            rows = self._crew.gather(tell(self._error).encode())
             progress.alive = tuple(rows)
-            self._raise_errors({rank: row.decode() for rank, row in rows.items()})
+            raise_told(self._error, {rank: row.decode() for rank, row in rows.items()}, "save")
             if publisher in rows:
                 return
-
-    def _raise_errors(self, told: Mapping[int, str]) -> None:
-        """Raise this rank's own error, or say whose it was."""
-        if self._error is not None:
-            raise self._error
-        for rank, text in told.items():
-            if text:
-                raise StorageFailed(f"rank {rank} cannot save: {text}")
 
     def _lost(self, wholes: Mapping[str, Whole], keys: tuple[str, ...], progress: _Progress) -> MemberLost:
         gone = tuple(sorted({rank for key in keys for rank in wholes[key].layout.mesh.ranks} - set(progress.alive)))
