@@ -38,7 +38,7 @@ from collectives.communicator import Communicator
 from parallel.layout import Layout, Mesh, Split
 
 MIB = 1 << 20
-ROWS = ("codec", "save", "async", "dedup", "partial")
+ROWS = ("codec", "save", "async", "dedup", "partial", "memory")
 RUN, TOKEN = "benchmark", "benchmark"
 
 
@@ -69,6 +69,8 @@ def command(
             found += dedup_rows(place, size * MIB)
         if "partial" in wanted:
             found += partial_rows(place, size * MIB)
+        if "memory" in wanted:
+            found += memory_rows(place, size * MIB)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if as_json:
@@ -329,6 +331,37 @@ def partial_rows(place: Path, nbytes: int) -> list[dict[str, Any]]:
         share = report.read / sum(t.nbytes for t in state.values())
         found.append(row(f"read by one rank of 8, {kind}: of all bytes", f"{share:.4f}", "0.1250"))
     return found
+
+
+def memory_rows(place: Path, nbytes: int) -> list[dict[str, Any]]:
+    """What a load takes beside the tensors that it fills, at the default bound of 256 MiB."""
+    found = []
+    for level in (0, 1):
+        save(place / f"memory{level}", state_of(nbytes), options=SaveOptions(level=level))
+        context = mp.get_context("spawn")
+        queue: Any = context.SimpleQueue()
+        process = context.Process(target=_peak, args=(str(place / f"memory{level}"), nbytes, queue))
+        process.start()
+        peak = queue.get()
+        process.join()
+        kind = "compressed" if level else "uncompressed"
+        found.append(
+            row(f"memory of a load beside {nbytes // MIB} MiB of tensors, {kind}", f"{peak / MIB:.0f} MiB", "256 MiB")
+        )
+    return found
+
+
+def _peak(store: str, nbytes: int, queue: Any) -> None:
+    """Growth of this process' resident set while it loads."""
+    torch.set_num_threads(1)
+    into = {key: torch.ones_like(tensor) for key, tensor in state_of(nbytes).items()}
+    load(store, {"tensor0": into["tensor0"]}, options=LoadOptions(strict=False))  # imports and threads are there
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    load(store, into)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    queue.put(peak - before)
 
 
 if __name__ == "__main__":
