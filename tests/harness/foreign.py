@@ -19,17 +19,21 @@ _PATIENCE = 400.0
 """Seconds that a launch may take on a machine that is busy; alone it takes a tenth."""
 
 
+def environment() -> dict[str, str]:
+    """Environment variables for these libraries."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+
+
 def run(python: str | Path, *arguments: str | Path, ranks: int = 0) -> Any:
     """Run a module with its arguments, as `ranks` ranks of torchrun if that is not 0; return the JSON that it prints.
 
     Fails the test if it ends otherwise than well, with what it said.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     child = subprocess.Popen(
         [python, *launcher, "-m", *arguments],
         cwd=ROOT,
-        env=environ,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
