@@ -16,7 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import Files
 from checkpoint.formats.detect import open_source
+from checkpoint.formats.gathered import Gathered
 from checkpoint.language import Spec
 from checkpoint.renaming import Renamed
 from checkpoint.selection import Selected, Selection
@@ -84,12 +86,14 @@ class WriteOptions:
     """What a writer is told besides the source.
 
     `layout`: sizes of the axes to write for, as `{"tp": 4, "pp": 2, "dp": 2}`. `journal`: what is finished already.
-    `destination`: where the output will be, for messages and for writers of stores.
+    `destination`: where the output will be, for messages and for writers of stores. `proven` is called by a writer that
+    publishes by itself, before it does: it waits for the checksums of what was read.
     """
 
     layout: Mapping[str, int] = field(default_factory=dict)
     journal: Journal | None = None
     destination: str = ""
+    proven: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def convert(
     _apart(origin, target)
     if not dry_run and to != "ringhold":
         _check_free(Path(target))
-    source: Source = open_source(origin, form, spec)
+    opened = open_source(origin, form, spec)
+    source: Source = opened
     try:
         if spec is not None and (spec.names or any(pattern.how == "tied" for pattern in spec.patterns)):
             source = Renamed(source, spec)
@@ -162,12 +167,16 @@ def convert(
             raise UsageError(f"{origin}: no tensor is left to convert; look at --include, --exclude and --weights-only")
         if dry_run:
             return report
-        options = WriteOptions(dict(layout or {}), destination=target)
+        files = opened.files if isinstance(opened, Gathered) else Files()
+        options = WriteOptions(dict(layout or {}), destination=target, proven=files.proven)
         tell = progress(report) if progress else _silent
         if to == "ringhold":
+            files.prove()
             _writer(to)(source, Path(target), options, tell)
             return report
-        return _staged(source, Path(target), options, tell, report, _identity(origin, to, selection, spec, layout))
+        return _staged(
+            files, source, Path(target), options, tell, report, _identity(origin, to, selection, spec, layout)
+        )
     finally:
         source.close()
 
@@ -225,7 +234,7 @@ def _identity(src: str, to: str, selection: Selection, spec: Spec | None, layout
 
 
 def _staged(
-    source: Source, target: Path, options: WriteOptions, tell: Progress, report: Report, identity: str
+    files: Files, source: Source, target: Path, options: WriteOptions, tell: Progress, report: Report, identity: str
 ) -> Report:
     """Write into a folder beside the target, flush it, and rename it."""
     staging = target.absolute().parent / f".{target.name}.ringhold-partial"
@@ -235,7 +244,9 @@ def _staged(
         journal = Journal(staging, identity)
         if not journal.resume():
             journal.save()
-        _writer(report.to)(source, staging, WriteOptions(options.layout, journal, options.destination), tell)
+        files.prove(all_of_it=resumed)
+        _writer(report.to)(source, staging, replace(options, journal=journal), tell)
+        files.proven()
         (staging / JOURNAL).unlink()
         result = _result(staging, report.to)
         flush(result)

@@ -4,11 +4,13 @@ Ranges are read with `pread` into the caller's memory and never mapped: mapped p
 process, and a file that shrinks under a map ends it.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from checkpoint.checksums import Prover, Spans
 from collectives.errors import CorruptFile
 
 KEPT_OPEN = 256
@@ -24,7 +26,7 @@ class Files:
 
     def __init__(self) -> None:
         self._files: dict[Path, File] = {}
-        self._open = 0
+        self._prover: Prover | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -38,10 +40,33 @@ class Files:
         """Open a file. `Unreadable`: it cannot be opened."""
         if path not in self._files:
             self._files[path] = File(path, keep=len(self._files) < KEPT_OPEN)
+            self._files[path].prover = self._prover
         return self._files[path]
+
+    def prove(self, all_of_it: bool = False) -> None:
+        """From now on check what is read against the checksums that files carry, on a thread; `proven` ends it.
+
+        `all_of_it`: also what is not read, or was read by an earlier process.
+        """
+        self._prover = Prover()
+        for file in self._files.values():
+            file.prover = self._prover
+            for span in file.spans.touched(0, file.size) if all_of_it else ():
+                self._prover.check(str(file.path), span)
+
+    def proven(self) -> None:
+        """Wait for the checks. `CorruptFile`: bits of something that was read have changed."""
+        prover, self._prover = self._prover, None
+        for file in self._files.values():
+            file.prover = None
+        if prover is not None:
+            prover.finish()
 
     def close(self) -> None:
         """Close all."""
+        if self._prover is not None:
+            with contextlib.suppress(CorruptFile):
+                self.proven()
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -57,6 +82,8 @@ class File:
 
     def __init__(self, path: Path, keep: bool = True) -> None:
         self.path = path
+        self.spans = Spans()
+        self.prover: Prover | None = None
         descriptor = self._open()
         try:
             self.size = os.fstat(descriptor).st_size
@@ -84,6 +111,9 @@ class File:
         """Fill a buffer of contiguous bytes from `offset` on. `CorruptFile`: the file ends before."""
         view = memoryview(out).cast("B")
         self._check(offset, len(view))
+        if self.prover is not None:
+            for span in self.spans.touched(offset, len(view)):
+                self.prover.check(str(self.path), span)
         descriptor = self._open() if self._descriptor is None else self._descriptor
         try:
             at = 0
@@ -117,6 +147,7 @@ class Memory(File):
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.size, self._data = path, len(data), data
+        self.spans = Spans()
 
     def read_into(self, offset: int, out: Any) -> None:
         """Fill a buffer from `offset` on. `CorruptFile`: the bytes end before."""

@@ -5,9 +5,11 @@ pickles followed by raw storages that torch wrote before 1.6. The readers of for
 """
 
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.checksums import Span
 from checkpoint.dtypes import itemsize
 from checkpoint.files import File
 from checkpoint.lazy import Stored
@@ -26,6 +28,7 @@ class _Member:
     header: int
     size: int
     method: int
+    crc: int
 
 
 class TorchFile:
@@ -91,7 +94,9 @@ class TorchFile:
             name = f"{self._prefix}data/{storage.key}"
             if name not in self._members:
                 raise CorruptFile(f"{self.file.path}: storage {storage.key!r} is missing; the file is damaged")
-            self._places[storage.key] = self._data(name)
+            offset, size = self._places[storage.key] = self._data(name)
+            if self._members[name].crc:  # torch writes 0 where it was told not to compute it
+                self.file.spans.add(Span(offset, size, self._members[name].crc, f"storage {storage.key}"))
         return self._places[storage.key]
 
     def _zip_value(self) -> Any:
@@ -105,7 +110,11 @@ class TorchFile:
             raise CorruptFile(f"{self.file.path}: written on a big-endian machine, which is not supported")
         if size > _PICKLE_LIMIT:
             raise CorruptFile(f"{self.file.path}: a pickle of {size} bytes; the file is damaged")
-        return loads(self.file.read(offset, size), str(self.file.path))
+        pickle = self.file.read(offset, size)
+        crc = self._members[names[0]].crc
+        if crc and zlib.crc32(pickle) != crc:
+            raise CorruptFile(f"{self.file.path}: its pickle does not have the checksum that was written with it")
+        return loads(pickle, str(self.file.path))
 
     def _data(self, name: str) -> tuple[int, int]:
         """Offset in the file and size of a member."""
@@ -142,12 +151,13 @@ class TorchFile:
             if directory[at : at + 4] != _CENTRAL or at + 46 > len(directory):
                 raise CorruptFile(f"{self.file.path}: the archive's directory is damaged")
             method = struct.unpack("<H", directory[at + 10 : at + 12])[0]
+            (crc,) = struct.unpack("<I", directory[at + 16 : at + 20])
             _, full, name_length, extra_length, comment = struct.unpack("<IIHHH", directory[at + 20 : at + 34])
             (header,) = struct.unpack("<I", directory[at + 42 : at + 46])
             name = directory[at + 46 : at + 46 + name_length].decode("utf-8", "replace")
             extra = directory[at + 46 + name_length : at + 46 + name_length + extra_length]
             full, header = _zip64(extra, full, header)
-            members[name] = _Member(header, full, method)
+            members[name] = _Member(header, full, method, crc)
             at += 46 + name_length + extra_length + comment
         return members
 

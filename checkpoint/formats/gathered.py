@@ -18,7 +18,7 @@ class Gathered:
         self.entries: dict[str, Entry] = {}
         self.groups: Sequence[Group] = ()
         self.extras: dict[str, Any] = {}
-        self._files = files
+        self.files = files
         self._tensors: dict[str, Lazy] = {}
 
     def add(self, name: str, state: str, tensor: Lazy) -> None:
@@ -42,7 +42,7 @@ class Gathered:
 
     def close(self) -> None:
         """Close every file."""
-        self._files.close()
+        self.files.close()
 
 
 def tied(aliases: Mapping[str, str]) -> list[list[str]]:

@@ -48,6 +48,7 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Progres
         rows = [{"params": list(group.names), **group.options} for group in source.groups]
         state["optimizer"]["param_groups"] = [_plain(row) for row in rows]
         state |= {key: _plain(value) for key, value in source.extras.items() if key not in state}
+        options.proven()
         writer.finish(state, {STATES: given})
 
 

@@ -176,6 +176,40 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dcp"]
 
 
+@pytest.mark.parametrize("to", ["plain", "hf", "ringhold", "deepspeed-universal"])
+def test_a_flipped_bit_is_found_by_the_files_own_checksums(tmp_path: Path, to: str) -> None:
+    source = Path(shutil.copytree(z1() / "ckpt", tmp_path / "ckpt"))
+    victim = source / "global_step3" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    reader = open_source(source)
+    place = reader.tensor("ln_f.weight|fp32")._runs[0][1]  # type: ignore[attr-defined]
+    reader.close()
+    assert place.file.path == victim
+    data = bytearray(victim.read_bytes())
+    data[place.offset + 5] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(RingholdError, match="does not have the checksum") as error:
+        convert(source, tmp_path / "out", to=to)
+    assert error.value.exit_code == 4
+    out = tmp_path / "out"
+    assert not out.exists() or (to == "ringhold" and not list(out.glob("steps/*.json")))
+
+
+def test_files_without_checksums_are_taken_as_they_are(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(
+            {"module": {"w": torch.ones(3)}, "buffer_names": [], "optimizer": None},
+            tmp_path / "mp_rank_00_model_states.pt",
+        )
+    finally:
+        torch.serialization.set_crc32_options(before)
+    convert(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", to="plain")
+    assert (tmp_path.parent / f"{tmp_path.name}-out").exists()
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """The limit on the size of files stands in for it: the kernel refuses a write in the middle."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
