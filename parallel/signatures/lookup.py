@@ -5,13 +5,14 @@ The planner asks for signatures, the executor for runs; the verifier proves both
 
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 from collectives.errors import UsageError
 from collectives.region import Region
 from parallel.graph import Node, Value
 from parallel.layout import Layout, Mesh, Partial, Placement, Split
 from parallel.signatures.signature import Signature
-from parallel.signatures.table import TABLE, Run, Shards, whole
+from parallel.signatures.table import TABLE, Entry, Run, Shards, whole
 
 
 class UnknownOperation(UserWarning):
@@ -24,13 +25,18 @@ def signatures(node: Node, parts: int) -> tuple[Signature, ...]:
     A dimension is split only if each rank gets some of it, in parts that may be uneven where this is exact. An
     operation that is not in the table has the first signature alone, and `UnknownOperation` warns of it by name.
     """
-    entry = TABLE.get(node.op)
+    return _signatures(node, parts, TABLE.get(node.op))
+
+
+@lru_cache(maxsize=8192)
+def _signatures(node: Node, parts: int, entry: Entry | None) -> tuple[Signature, ...]:
+    """Remembered, because planners ask for the same nodes again and again."""
     if entry is None:
         warnings.warn(
             f"{node.op} (node {node.name}, module {node.module or 'of the step'}) has no signatures: every rank will "
             f"do all of it",
             UnknownOperation,
-            stacklevel=2,
+            stacklevel=3,
         )
         return (whole(node),)
     return tuple(dict.fromkeys((whole(node), *entry.rule(node, parts))))
