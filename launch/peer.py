@@ -32,6 +32,8 @@ class Peer:
         self._open = 0
         self._gate = threading.Condition()
         self._step_ended = 0.0
+        self._victim = ""
+        """Kind of the operation in which a planned death strikes; empty: any."""
 
     def run(self) -> int:
         """Wait for the order to start, train, and return the exit code."""
@@ -41,8 +43,10 @@ class Peer:
         self.link.report("ready")
         order = self._orders.get()
         self._pace, self._gates = order["pace"], set(order["gates"])
+        config = JobConfig.from_json(order["config"])
+        self._victim = "" if config.plan else "all_reduce"
         try:
-            run_peer(JobConfig.from_json(order["config"]), lambda: self._join(order), self._tell, self.leaving)
+            run_peer(config, lambda: self._join(order), self._tell, self.leaving)
         except RingholdError as error:
             self.link.report("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -61,7 +65,7 @@ class Peer:
             case "leave":
                 self.leaving.set()
             case "die":
-                faults.arm(command["point"], self._die, skip=command["skip"])
+                faults.arm(command["point"], self._die, self._victim, command["skip"])
 
     def _join(self, order: dict[str, Any]) -> Any:
         from collectives.communicator import Communicator

@@ -138,8 +138,8 @@ def planner_of(config: JobConfig, graph: Graph) -> Planner:
 
     def planned(members: int) -> Plan:
         if members not in known:
-            mesh = _mesh(config.plan, members)
-            known[members] = plan(graph, mesh, pins={name: _placed(text, mesh) for name, text in config.pins.items()})
+            mesh = mesh_of(config.plan, members)
+            known[members] = plan(graph, mesh, pins={name: placed(text, mesh) for name, text in config.pins.items()})
         return known[members]
 
     return planned
@@ -169,16 +169,17 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
-def _mesh(wanted: str, members: int) -> Mesh:
+def mesh_of(wanted: str, members: int) -> Mesh:
+    """The mesh that `JobConfig.plan` asks for, for so many members."""
     sizes = [int(size) for size in wanted.split("x")] if "x" in wanted else [members]
     if len(sizes) == 2 and sizes[0] * sizes[1] == members:
         return Mesh((("x", sizes[0]), ("y", sizes[1])))
     return Mesh((("x", members),))
 
 
-def _placed(text: str, mesh: Mesh) -> Placements:
+def placed(text: str, mesh: Mesh) -> Placements:
     """A pin's placements; on a mesh of one axis the first of two."""
-    placed = tuple(map(parse_placement, text.split(",")))
-    if len(placed) < len(mesh.axes):
+    found = tuple(map(parse_placement, text.split(",")))
+    if len(found) < len(mesh.axes):
         raise UsageError(f"pin {text}: the mesh {mesh} has {len(mesh.axes)} axes and needs as many placements")
-    return placed[: len(mesh.axes)]
+    return found[: len(mesh.axes)]

@@ -28,7 +28,7 @@ def draw_plan(graph: Graph, mesh: Mesh, chance: random.Random) -> Plan:
             if together(node, drawn, mesh.shape):
                 chosen = drawn
                 break
-        nodes.append(_sharding(chosen))
+        nodes.append(sharding(chosen))
     made = dict[str, Placements]()
     for node, how in zip(graph.nodes, nodes, strict=True):
         made.update(zip((value.name for value in node.outputs), how.outputs, strict=True))
@@ -53,7 +53,7 @@ def _start(value: Value, mesh: Mesh, chance: random.Random) -> Placements:
     return tuple(placed)
 
 
-def _sharding(chosen: list[Signature]) -> Sharding:
+def sharding(chosen: list[Signature]) -> Sharding:
     return Sharding(
         tuple(zip(*(signature.inputs for signature in chosen), strict=True)),
         tuple(zip(*(signature.outputs for signature in chosen), strict=True)),

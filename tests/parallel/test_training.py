@@ -1,15 +1,12 @@
 """Training by plan in real processes, one of which is killed between two steps: the numbers of one process."""
 
-import pytest
-
 from tests.harness.cluster import Cluster
 from tests.parallel import training_programs as programs
 
 
-@pytest.mark.parametrize("redundancy", [1, 0])
-def test_a_death_changes_no_number_or_is_told(redundancy: int) -> None:
+def test_a_death_changes_no_number() -> None:
     with Cluster(transport="sockets", founders=3, heartbeat_timeout=60.0, join_timeout=300.0) as cluster:
-        peers = cluster.peers(programs.train, 3, redundancy=redundancy)
+        peers = cluster.peers(programs.train, 3)
         ranked = sorted(peers, key=lambda peer: peer.expect("halfway", timeout=300.0)["rank"])
         ranked[1].kill()
         left = [ranked[0], ranked[2]]
@@ -17,9 +14,7 @@ def test_a_death_changes_no_number_or_is_told(redundancy: int) -> None:
             peer.tell("go")
         for result in (peer.result(timeout=180.0) for peer in left):
             assert result["size"] == 2
+            assert result["copied"] > 0
             assert result["errors"] <= 1e-10
-            if redundancy:
-                assert result["state"] <= 1e-10
-                assert result["tensors"] > 20
-            else:
-                assert "only members that are gone held parts of blocks.0." in result["lost"]
+            assert result["state"] <= 1e-10
+            assert result["tensors"] > 20
