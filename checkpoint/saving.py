@@ -39,9 +39,21 @@ from checkpoint.reader import inside
 from checkpoint.store import Store, new_save_name, pack_name
 from checkpoint.writer import BATCH, Table, begin
 from collectives.communicator import Communicator
-from collectives.errors import MemberLost, OptionError, RingholdError, StorageFailed, UsageError
+from collectives.errors import (
+    CoordinatorUnreachable,
+    Evicted,
+    MemberLost,
+    OperationTimeout,
+    OptionError,
+    QuorumLost,
+    RingholdError,
+    StorageFailed,
+    UsageError,
+)
 
 LANE = "checkpoint"
+OUT_OF_THE_RUN = (Evicted, QuorumLost, CoordinatorUnreachable, OperationTimeout)
+"""What one rank raises by itself, while the others go on."""
 
 _Came: TypeAlias = dict[tuple[int, int], Bytes]
 """Pieces of a chunk that other ranks sent: by rank, and by the identity of the part."""
@@ -166,6 +178,8 @@ class Saving:
         self._mine: list[tuple[str, int, Placed]] = []
         self._written = Written()
         self._error: RingholdError | None = None
+        self._told = False
+        """Whether others may know of our packs."""
         self._lease: Held | None = None
         self._batch: Bytes | None = None
 
@@ -180,15 +194,15 @@ class Saving:
         wholes = holdings.merge(held)
         nested = holdings.merge_states({rank: holding.state for rank, holding in held.items()})
         progress = _Progress(tuple(held))
-        published = False
         try:
             self._write(first, wholes, local, progress)
             manifest = self._manifest(first, wholes, nested, progress)
             self._publish(manifest, progress)
-            published = True
-        finally:
-            if not published:
+        except BaseException as error:
+            if self._came_to_nothing(error):
                 self._clean()
+            raise
+        finally:
             if self._lease is not None:
                 self._lease.release()
         return self._report(manifest, progress, len(heard))
@@ -349,6 +363,7 @@ class Saving:
     def _confirm(self, progress: _Progress) -> None:
         """Step 3: everybody hears what is on the disk."""
         error = tell(self._error)
+        self._told = True
         rows = self._crew.gather(msgspec.msgpack.encode(_Report([] if error else self._mine, self._written, error)))
         reports = {rank: msgspec.msgpack.decode(row, type=_Report) for rank, row in rows.items()}
         raise_told(self._error, {rank: report.error for rank, report in reports.items()}, "save")
@@ -396,6 +411,15 @@ class Saving:
             gone,
             progress.alive,
         )
+
+    def _came_to_nothing(self, error: BaseException) -> bool:
+        """Whether no manifest can name this rank's packs: nobody knows of them, or every rank ends with this error.
+
+        A rank that is out of the run (evicted, interrupted) has told the others what it wrote, and they publish it.
+        """
+        if not self._told or self._crew.size == 1:
+            return True
+        return isinstance(error, RingholdError) and not isinstance(error, OUT_OF_THE_RUN)
 
     def _clean(self) -> None:
         """Remove this rank's packs of a save that came to nothing; what cannot be removed is left to gc."""
