@@ -8,6 +8,7 @@ from typing import Any
 from checkpoint import load_state
 from checkpoint.store import Store
 from checkpoint.verify import verify
+from collectives.errors import RingholdError
 from collectives.state import state_hash
 from launch.churn_audit import Audit
 from launch.churn_lab import HANG_SECONDS, Lab
@@ -89,12 +90,20 @@ def prove_checkpoints(path: Path, saved: dict[int, tuple[int, str]]) -> list[str
         return []
     with Store(path) as store:
         there = store.steps()
-        wrong = [f"checkpoint {damage.where}: {damage.what}" for damage in verify(store, there).damages]
+        try:
+            wrong = [f"checkpoint {damage.where}: {damage.what}" for damage in verify(store, there).damages]
+        except RingholdError as error:
+            wrong = [f"checkpoints: {error}"]
     for step, (peer, state) in saved.items():
         if step not in there:
             wrong.append(f"checkpoint {step}, saved by peer {peer}, is not there")
-        elif (found := state_hash(load_state(path, step=step))[: len(state)]) != state:
-            wrong.append(f"checkpoint {step} holds {found}, and peer {peer} saved {state}")
+            continue
+        try:
+            found = state_hash(load_state(path, step=step))[: len(state)]
+        except RingholdError as error:
+            found = str(error)
+        if found != state:
+            wrong.append(f"checkpoint {step}, of which peer {peer} saved {state}: {found}")
     return wrong
 
 

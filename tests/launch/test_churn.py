@@ -210,6 +210,8 @@ def test_checkpoints_are_loaded_and_compared_with_what_members_saved(tmp_path: P
     save(tmp_path, state, step=28)
     right = {28: (0, state_hash(state)[:32])}
     assert prove_checkpoints(tmp_path, right) == []
-    assert "holds" in prove_checkpoints(tmp_path, {28: (0, "f" * 32)})[0]
+    assert f"checkpoint 28, of which peer 0 saved {'f' * 32}: " in prove_checkpoints(tmp_path, {28: (0, "f" * 32)})[0]
     assert "is not there" in prove_checkpoints(tmp_path, {**right, 42: (1, "f" * 32)})[0]
     assert prove_checkpoints(tmp_path / "nothing", {}) == []
+    next(tmp_path.rglob("*.pack")).unlink()
+    assert any("is not there" in text for text in prove_checkpoints(tmp_path, right))
