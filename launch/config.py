@@ -80,12 +80,18 @@ class JobConfig:
     out: str = "run"
     """Folder of the results: `peers/*.jsonl`, `final.safetensors`, `final.json`."""
     resume: str | None = None
-    """A `final.safetensors` to start from."""
+    """What to start from: a `final.safetensors`, or a store of checkpoints, perhaps with `@STEP`."""
+    checkpoint: str = ""
+    """Folder or URL of a store to which checkpoints are saved; empty: none are."""
+    checkpoint_every: int = 20
+    """After every so many steps, and after the last."""
+    shard_optimizer: bool = False
+    """Each member writes a flat part of the optimizer's moments, and nobody all of them."""
 
     def __post_init__(self) -> None:
         _choose("preset", self.preset, PRESET_NAMES)
         _choose("dtype", self.dtype, DTYPE_NAMES)
-        for name in ("steps", "batch", "context", "microbatch", "buckets", "eval_samples"):
+        for name in ("steps", "batch", "context", "microbatch", "buckets", "eval_samples", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "eval_every", "hash_every", "sample_tokens", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
@@ -94,6 +100,10 @@ class JobConfig:
             raise UsageError(f"plan is auto or a mesh such as 2x2, not {self.plan!r}")
         if not self.plan and (self.pins or self.redundancy):
             raise UsageError("pins and redundancy belong to a plan; give --plan auto as well")
+        if self.plan and self.checkpoint:
+            raise UsageError("a planned run is not checkpointed while it trains; drop --plan or --checkpoint")
+        if self.shard_optimizer and not self.checkpoint:
+            raise UsageError("--shard-optimizer is about checkpoints; give --checkpoint as well")
         if self.plan and self.reproducible:
             raise UsageError("a planned step sums as its plan says, not reproducibly; drop --plan or --reproducible")
         _require(self.seed < 1 << 63, "seed", self.seed, "less than 2**63")
@@ -104,10 +114,13 @@ class JobConfig:
         _require(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more"
         )
-        for name in (*self.data, *([self.resume] if self.resume is not None else [])):
+        for name in self.data:
             if not Path(name).is_file():
                 what = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
-                raise UsageError(f"{name} {what}; name an existing file" + (" to resume from" * (name == self.resume)))
+                raise UsageError(f"{name} {what}; name an existing file")
+        if self.resume is not None and "://" not in self.resume:
+            there = any(Path(name).exists() for name in (self.resume, self.resume.rpartition("@")[0] or self.resume))
+            _require(there, "resume", self.resume, "a file or a store of checkpoints that is there")
 
     @property
     def out_dir(self) -> Path:

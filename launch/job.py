@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from collectives.errors import Evicted, RingholdError, StateDiverged, StateLost,
 from collectives.outcome import Outcome
 from collectives.region import split
 from collectives.state import state_hash
-from launch import data, finals, gradient, model
+from launch import checkpoints, data, finals, gradient, model
 from launch.config import JobConfig
 from launch.ledger import Commit, Done, Ledger, Samples, Start
 from launch.trainer import Trainer, one_thread
@@ -33,6 +32,8 @@ joined: `member`, `rank`, `size`, `epoch`, `founder`. A peer that was evicted jo
 synced: `member`, `step` (steps done), `bytes` received, `seconds`, `healed` (the state was another one before).
 step: `member`, `step` (steps done, this one included), `loss`, `epoch`, `size`, `time` (seconds), `repeats`.
 eval: `member`, `step`, `loss` of held-out text.
+checkpoint: `member`, `step`, `url` of the store, `bytes` of the state, of these `written`, ranks that were `lost`
+meanwhile, `seconds`.
 evicted: `member`, `message`. The peer joins again.
 left: `member`, `step`. It departed in order, as asked.
 late: the run was over before this peer could take part.
@@ -132,6 +133,7 @@ class Membership:
             self._begin()
             while trainer.step < self.config.steps:
                 self._step()
+                self._checkpoint()
                 if trainer.step == self.config.steps:
                     break
                 if self.leaving.is_set():
@@ -152,7 +154,7 @@ class Membership:
         """Come to the state that the others have, or for founders the first rank's."""
         trainer = self.trainer
         if self.comm.founder and self.config.resume is not None:
-            trainer.absorb(finals.load(Path(self.config.resume)).state)
+            trainer.absorb(checkpoints.load(self.config.resume))
             if trainer.step >= self.config.steps:
                 raise UsageError(
                     f"{self.config.resume} is of step {trainer.step} and the run is to end after {self.config.steps}; "
@@ -199,6 +201,22 @@ class Membership:
         every = self.config.eval_every
         if every and ((step + 1) % every == 0 or step + 1 == self.config.steps):
             self.report("eval", step=step + 1, loss=self._evaluate())
+
+    def _checkpoint(self) -> None:
+        """Save the state, if it is time to."""
+        config, step = self.config, self.trainer.step
+        if not config.checkpoint or (step % config.checkpoint_every and step != config.steps):
+            return
+        done = checkpoints.save(config.checkpoint, self.trainer.state(), self.comm, config.shard_optimizer)
+        self.report(
+            "checkpoint",
+            step=step,
+            url=done.url,
+            bytes=done.nbytes,
+            written=done.written.stored,
+            lost=list(done.lost),
+            seconds=done.seconds,
+        )
 
     def _attempt(self, step: int, attempt: int) -> Outcome | None:
         """Compute this member's share and sum everybody's; None if a member was lost, on every member alike.

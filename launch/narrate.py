@@ -3,6 +3,7 @@
 import signal
 from typing import Any
 
+from launch import units
 from launch.record import Entry
 
 _FAULTS = {
@@ -19,7 +20,7 @@ class Narrator:
 
     def __init__(self) -> None:
         self._epoch = 0
-        self._evaluated_at = 0
+        self._evaluated_at = self._saved_at = 0
         self._members: dict[int, str] = {}
 
     def tell(self, entry: Entry) -> str | None:
@@ -43,6 +44,8 @@ class Narrator:
                 return f"{source} left"
             case "eval":
                 return self._evaluated(entry)
+            case "checkpoint":
+                return self._saved(entry)
             case "event":
                 return self._event(entry)
             case "error":
@@ -60,6 +63,12 @@ class Narrator:
             return None
         self._evaluated_at = entry["step"]
         return f"step {entry['step']}: loss on held-out text {entry['loss']:.4f}"
+
+    def _saved(self, entry: Entry) -> str | None:
+        if entry["step"] <= self._saved_at:
+            return None
+        self._saved_at = entry["step"]
+        return f"step {entry['step']}: saved {units.size(entry['bytes'])} to {entry['url']}"
 
     def _event(self, entry: Entry) -> str | None:
         if entry["event"] == "evicted":

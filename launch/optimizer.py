@@ -26,9 +26,20 @@ class Group:
     beta2: float = 0.95
     eps: float = 1e-8
 
-    def values(self) -> dict[str, float]:
-        """Return the hyperparameters by name."""
-        return {name: value for name, value in asdict(self).items() if name != "members"}
+    def values(self) -> dict[str, Any]:
+        """Return the group under the names of torch's optimizers."""
+        return {
+            "params": list(self.members),
+            "lr": self.lr,
+            "betas": [self.beta1, self.beta2],
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+
+    def absorb(self, values: Mapping[str, Any]) -> None:
+        """Take over what `values` returned."""
+        self.lr, self.eps, self.weight_decay = values["lr"], values["eps"], values["weight_decay"]
+        self.beta1, self.beta2 = values["betas"]
 
 
 @dataclass(slots=True)

@@ -8,13 +8,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from collectives.communicator import Communicator
 from collectives.errors import UsageError
 from collectives.region import split
 from collectives.state import state_hash
-from launch import data, finals, gradient
+from launch import checkpoints, data, gradient
 from launch.config import DType, JobConfig
 from launch.trainer import Trainer, one_thread
 
@@ -72,7 +71,7 @@ def run(config: JobConfig, on_step: OnStep | None = None) -> Reference:
     """Train as `config` says, alone and from start to end; write nothing.
 
     Args:
-        config: with `resume`, the reference starts from the same file.
+        config: with `resume`, the reference starts from the same state.
         on_step: called after each step with the number of steps done and the loss.
 
     Raises:
@@ -143,7 +142,7 @@ def _run(
     with one_thread():
         trainer = Trainer(config, data.load(config.data, config.context, config.batch))
         if config.resume is not None:
-            trainer.absorb(finals.load(Path(config.resume)).state)
+            trainer.absorb(checkpoints.load(config.resume))
         first = trainer.step
         while trainer.step < stop:
             trainer.clear()

@@ -37,7 +37,10 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option(
     "--data", multiple=True, metavar="FILE", help="Text to train on; repeatable.  [default: Python's own text]"
 )
-@click.option("--resume", metavar="FILE", help="Start from the final.safetensors of an earlier run.")
+@click.option("--resume", metavar="PATH", help="Start from a final.safetensors, or from a STORE[@STEP] of checkpoints.")
+@click.option("--checkpoint", default="", metavar="STORE", help="Save checkpoints to this folder or URL.")
+@click.option("--checkpoint-every", type=int, default=20, show_default=True, help="Steps between two of them.")
+@click.option("--shard-optimizer", is_flag=True, help="Each peer writes a flat part of the optimizer's state.")
 @click.option("--churn", default="", metavar="LIST", help='Faults, as in "kill@12,stop@20:1,join@25,coordinator@30".')
 @click.option("--churn-rate", type=float, default=0.0, help="Random faults instead, so many per 100 steps.")
 @click.option("--restart", is_flag=True, help="Replace peers that are lost.")
@@ -124,6 +127,9 @@ def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
         "seed",
         "data",
         "resume",
+        "checkpoint",
+        "checkpoint_every",
+        "shard_optimizer",
         "reproducible",
         "plan",
         "redundancy",

@@ -101,16 +101,17 @@ class Trainer:
     def state(self) -> State:
         """Return the whole state: the live tensors, not copies, in fresh dicts with the plain values of now.
 
-        `model`: parameter by name. `optimizer`: `moments` (of each parameter by name) and `groups` (hyperparameters).
-        `schedule`. `rng`: the generator's state, uint8. `step`. `data`: epoch and offset in samples. `job`: what must
-        be the same for the state to make sense (see `absorb`).
+        `model`: parameter by name. `optimizer`: `state` (moments of each parameter by name) and `param_groups` (names
+        and hyperparameters), as in checkpoints that `ringhold ckpt` converts. `schedule`. `rng`: the generator's state,
+        uint8. `step`. `data`: epoch and offset in samples. `job`: what must be the same for the state to make sense
+        (see `absorb`).
         """
         epoch, offset = self.plan.position(self.step)
         return {
             "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
             "optimizer": {
-                "moments": {name: moments.tensors() for name, moments in self.optimizer.moments.items()},
-                "groups": {name: group.values() for name, group in self.optimizer.groups.items()},
+                "state": {name: moments.tensors() for name, moments in self.optimizer.moments.items()},
+                "param_groups": [group.values() for group in self.optimizer.groups.values()],
             },
             "schedule": self.schedule.values(),
             "rng": self.generator.get_state(),
@@ -123,9 +124,16 @@ class Trainer:
         """Take over a state, one that `state` gave and a sync has filled in, or one that was read from a file.
 
         Raises:
-            UsageError: it is the state of another job: other settings or other text.
+            UsageError: it is no state of such a job, or that of another one: other settings or other text.
 
         """
+        if lacking := [key for key in self.state() if key not in state]:
+            raise UsageError(
+                f"this is no state of a training job: it has no {', '.join(lacking)}; resume from one that is"
+            )
+        ours = [group.members for group in self.optimizer.groups.values()]
+        if (theirs := [tuple(group["params"]) for group in state["optimizer"]["param_groups"]]) != ours:
+            raise UsageError(f"the parameter groups of this state are {theirs}, not {ours}; resume from a job of ours")
         there = state["job"]
         differing = [key for key, value in self._identity.items() if there.get(key) != value]
         if differing:
@@ -134,10 +142,9 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             _fill(parameter.detach(), state["model"][name])
             for key, tensor in self.optimizer.moments[name].tensors().items():
-                _fill(tensor, state["optimizer"]["moments"][name][key])
-        for name, group in self.optimizer.groups.items():
-            for key, value in state["optimizer"]["groups"][name].items():
-                setattr(group, key, value)
+                _fill(tensor, state["optimizer"]["state"][name][key])
+        for group, values in zip(self.optimizer.groups.values(), state["optimizer"]["param_groups"], strict=True):
+            group.absorb(values)
         self.schedule = WarmupCosine(**state["schedule"])
         self.generator.set_state(state["rng"])
         self.step = state["step"]

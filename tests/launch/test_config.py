@@ -33,7 +33,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"dtype": "fp16"}, "dtype is one of fp32, fp64"),
         ({"data": ("/no/such/text",)}, "/no/such/text does not exist"),
         ({"data": ("/tmp",)}, "/tmp is a folder"),
-        ({"resume": "/no/such/final.safetensors"}, "final.safetensors does not exist; name an existing file to resume"),
+        ({"resume": "/no/such/final.safetensors"}, "resume has to be a file or a store"),
     ],
 )
 def test_bad_settings_are_refused_with_a_reason(changes: dict[str, object], message: str) -> None:

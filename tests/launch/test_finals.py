@@ -21,7 +21,7 @@ def sample_state() -> State:
             "blocks.0.weight": torch.randn(3, 4, generator=generator),
             "norm": torch.ones(2, dtype=torch.float64),
         },
-        "optimizer": {"moments": {"norm": {"step": torch.tensor(5)}}, "groups": {"decay": {"lr": 0.1 + 0.2}}},
+        "optimizer": {"state": {"norm": {"step": torch.tensor(5)}}, "param_groups": [{"lr": 0.1 + 0.2}]},
         "rng": generator.get_state(),
         "step": 5,
         "job": {"text": "abc", "none": None},
@@ -41,7 +41,7 @@ def test_the_summary_is_for_people_and_the_tensors_for_any_reader(tmp_path: Path
     summary = json.loads((tmp_path / finals.SUMMARY).read_text())
     assert summary["hash"] == digest
     assert summary["state"]["step"] == 5
-    assert summary["state"]["optimizer"]["groups"] == {"decay": {"lr": 0.1 + 0.2}}
+    assert summary["state"]["optimizer"]["param_groups"] == [{"lr": 0.1 + 0.2}]
     assert "model/blocks.0.weight" in load_file(tmp_path / finals.FINAL)
 
 
