@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("launch.bench:command", "Measure the collectives against gloo and MPI, and check their values."),
     "attention": ("launch.attention:command", "Attend over a long sequence that is spread over ranks, and check it."),
     "simulate": ("launch.simulate:command", "Time a collective on a network that is described in a file."),
+    "plan": ("launch.plan:command", "Plan where every tensor of a training step lives, and what that costs."),
     "predict": ("launch.predict:command", "Predict a transformer's training step on a cluster, on paper."),
     "ckpt": ("launch.ckpt:command", "Look at checkpoints, prove them, tidy them, convert them."),
     "churn": ("launch.churn:command", "Strike the processes of a run by a seeded plan, and check every result."),

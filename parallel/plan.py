@@ -8,7 +8,8 @@ resharded, once for each placement in which it is wanted, however many nodes tak
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from importlib import import_module
+from typing import Any, TypeAlias
 
 from parallel.boxing import Boxing, boxing
 from parallel.graph import Graph, Phase, Role, Value
@@ -24,6 +25,10 @@ class Sharding:
 
     inputs: tuple[Placements, ...]
     outputs: tuple[Placements, ...]
+
+
+Option: TypeAlias = "Sharding | Placements"
+"""What a planner may choose: how an operation runs, or where an input lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,40 @@ class Reshard:
         return self.boxing.elements * self.value.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a plan is predicted to take, on a machine.
+
+    Attributes:
+        compute, communication: seconds of a step.
+        memory: bytes of the rank that holds the most, at its peak.
+        at_peak: of these, bytes of parameters, optimizer, gradients and activations.
+        gap: how far the plan may be from the best, as a share of its time: relative to the cost model, and to the
+            problem in which equal layers are tied (`tied`).
+        bound: seconds that no plan can be below, in the same sense; ties cost some nanoseconds there.
+        relaxed: whether the linear relaxation was integral by itself, so that no search was needed.
+        machine: name.
+        by_axis: whether it was found along one axis of the mesh at a time; the bound is then of computation alone.
+
+    """
+
+    compute: float
+    communication: float
+    memory: int
+    at_peak: dict[str, int]
+    gap: float
+    bound: float
+    relaxed: bool
+    tied: bool
+    machine: str
+    by_axis: bool = False
+
+    @property
+    def time(self) -> float:
+        """Seconds of a step: nothing hides behind anything."""
+        return self.compute + self.communication
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where everything lives.
@@ -63,7 +102,8 @@ class Plan:
         starts: placements of each of `graph.inputs`.
         nodes: of each of `graph.nodes`, in the same order.
         ends: placements in which each of `graph.outputs` is left: a new parameter or state as its old value came, the
-            loss and a buffer on every rank, a gradient as it was made.
+            loss on every rank, a gradient as it was made.
+        figures: what the planner predicts; None for a plan that was not made by it.
 
     """
 
@@ -72,6 +112,7 @@ class Plan:
     starts: tuple[Placements, ...]
     nodes: tuple[Sharding, ...]
     ends: tuple[Placements, ...]
+    figures: Figures | None = None
 
     @cached_property
     def made(self) -> dict[str, Placements]:
@@ -104,6 +145,14 @@ class Plan:
     def collectives(self) -> tuple[Reshard, ...]:
         """The changes of placement for which something is sent."""
         return tuple(reshard for reshard in self.reshards if reshard.boxing.elements)
+
+    def to_json(self) -> dict[str, Any]:
+        """Placements by name, collectives, totals and figures as JSON values; see `parallel.explain`."""
+        return import_module("parallel.explain").to_json(self)  # type: ignore[no-any-return]
+
+    def explain(self) -> str:
+        """What lives where and why it costs what it does, as text; repeated layers folded."""
+        return str(import_module("parallel.tables").text(self))
 
     def _wanted(self) -> Iterator[tuple[Value, Placements, Phase, str]]:
         for node, sharding in zip(self.graph.nodes, self.nodes, strict=True):
