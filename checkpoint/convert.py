@@ -38,6 +38,9 @@ WRITERS: dict[str, str] = {
 }
 """Modules with `write(source, folder, options, progress)`; they find an empty folder, or their own earlier files."""
 
+_WHOLE = ("plain", "hf", "ringhold")
+"""Formats for which a layout has no meaning."""
+
 JOURNAL = ".ringhold-conversion.json"
 
 
@@ -151,6 +154,8 @@ def convert(
     """
     if to not in WRITERS:
         raise UsageError(f"cannot convert to {to!r}; there are {', '.join(WRITERS)}")
+    if layout and to in _WHOLE:
+        raise UsageError(f"{to} holds whole tensors, which any layout loads; leave out the layout")
     selection = selection or Selection()
     origin, target = os.fspath(src), os.fspath(dst)
     _apart(origin, target)
@@ -161,7 +166,8 @@ def convert(
     try:
         if spec is not None and (spec.names or any(pattern.how == "tied" for pattern in spec.patterns)):
             source = Renamed(source, spec)
-        source = Selected(source, selection, to)
+        if to != "ringhold" or selection != Selection() or source is not opened:
+            source = Selected(source, selection, to)  # all of a step of a store goes to another one as it is
         report = _report(source, origin, target, to)
         if not report.tensors:
             raise UsageError(f"{origin}: no tensor is left to convert; look at --include, --exclude and --weights-only")

@@ -4,10 +4,12 @@
      "param_groups": [{"params": [NAME, ...], "lr": ...}]}, "scheduler": ..., "rng": ..., ...}
 
 A model's tensor without a master is `fp32` if it is one of 32 bits that the optimizer steps, else `param`; `frozen` and
-`param` states of names are told in the step's metadata by whoever converted it. Any other nest of tensors is read too:
-each is a `param` under its path. Found by `checkpoint.formats.detect`.
+`param` states of names are told in the step's metadata by whoever converted it. Tensors elsewhere (random states) are
+extras if they are small, else left out and named. Of a state without a model each tensor is a `param` under its path.
+Found by `checkpoint.formats.detect`.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from checkpoint.language import Spec
 from checkpoint.nest import parts_of
 from checkpoint.reader import Reader
 from checkpoint.source import FP32, PARAM, Bytes, Entry, Group
+from checkpoint.unpickle import to_json
 from collectives.errors import UsageError
 from collectives.region import Region
 
 STATES = "conversion.states"
 """Key of the metadata that gives the state of the model's tensors: {NAME: "param", ...}."""
+_INLINE = 1 << 16
+"""Bytes of a tensor outside of model and optimizer that becomes an extra."""
 
 
 def is_folder(folder: Path) -> bool:
@@ -40,17 +45,24 @@ class Stored:
 
     def __init__(self, reader: Reader) -> None:
         self.format = "ringhold"
-        self._reader = reader
+        self.reader = reader
+        self._left_out: list[str] = []
         self._keys: dict[str, str] = {}
         self._entries: dict[str, Entry] = {}
-        self._values: dict[str, Any] = reader.state() if isinstance(reader.state(), dict) else {}
+        self._paths = {key: parts_of(key) for key in reader.tensors}
+        self._modelled = modelled = any(path[0] == "model" and len(path) > 1 for path in self._paths.values())
+        elsewhere = {key for key, path in self._paths.items() if modelled and path[0] not in ("model", "optimizer")}
+        values = reader.state(lambda key: self._inline(key) if key in elsewhere else None)
+        self._values: dict[str, Any] = values if isinstance(values, dict) else {}
         optimizer = self._values.get("optimizer")
         rows = optimizer.get("param_groups", ()) if isinstance(optimizer, dict) else ()
         self._groups = [_group(row) for row in rows if isinstance(row, Mapping)]
         stepped = {name for group in self._groups for name in group.names}
         given: Mapping[str, str] = reader.manifest.metadata.get(STATES) or {}
         for key, tensor in reader.tensors.items():
-            name, state = _place(parts_of(key), stepped, given, tensor.dtype)
+            if key in elsewhere:
+                continue
+            name, state = _place(self._paths[key], stepped, given, tensor.dtype)
             entry = Entry(name, state, tensor.dtype, tuple(tensor.shape))
             self._entries[entry.key], self._keys[entry.key] = entry, key
 
@@ -66,23 +78,30 @@ class Stored:
 
     @property
     def extras(self) -> Mapping[str, Any]:
-        """All of the state but the model and the optimizer."""
-        found = {
-            name: value
-            for name, value in self._values.items()
-            if name not in ("model", "optimizer") and not _has_tensor(value, self._reader.tensors)
-        }
-        return {"iteration": self._reader.manifest.step, **found}
+        """All of the state but the model and the optimizer; small tensors of it as JSON."""
+        rest = {name: value for name, value in self._values.items() if name not in ("model", "optimizer")}
+        found, _ = to_json(rest)
+        extras = {"iteration": self.reader.manifest.step, **found} if self._modelled else {}
+        return {**extras, "left_out": self._left_out} if self._left_out else extras
+
+    def _inline(self, key: str) -> Any:
+        """A small tensor as JSON; None for a large one, which is left out."""
+        tensor = self.reader.tensors[key]
+        if tensor.nbytes > _INLINE:
+            self._left_out.append(key)
+            return None
+        data = base64.b64encode(self.reader.read(key).tobytes()).decode()
+        return {"dtype": tensor.dtype, "shape": list(tensor.shape), "base64": data}
 
     def read(self, key: str, box: Region) -> Bytes:
         """Return the bytes of a box of a tensor, verified (`Source.read`)."""
         if key not in self._keys:
             raise UsageError(f"this checkpoint has no tensor {key!r}")
-        return self._reader.read(self._keys[key], box)
+        return self.reader.read(self._keys[key], box)
 
     def close(self) -> None:
         """Close the store."""
-        self._reader.close()
+        self.reader.close()
 
 
 def _place(path: tuple[str, ...], stepped: set[str], given: Mapping[str, str], dtype: str) -> tuple[str, str]:
@@ -97,13 +116,5 @@ def _place(path: tuple[str, ...], stepped: set[str], given: Mapping[str, str], d
 
 
 def _group(row: Mapping[str, Any]) -> Group:
-    options = {key: value for key, value in row.items() if key != "params"}
+    options, _ = to_json({key: value for key, value in row.items() if key != "params"})
     return Group(tuple(map(str, row.get("params", ()))), options)
-
-
-def _has_tensor(value: Any, keys: Mapping[str, Any]) -> bool:
-    if isinstance(value, dict):
-        return any(_has_tensor(item, keys) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(_has_tensor(item, keys) for item in value)
-    return isinstance(value, str) and value in keys

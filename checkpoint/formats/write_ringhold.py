@@ -1,15 +1,16 @@
 """Writes a source as a step of a Ringhold store, in the standard form of a training state (see `read_ringhold`).
 
-The step's number is the source's `iteration`. The store may be there already; it then gets one more step, which shares
-chunks with the others. Called by `convert`.
+The step's number is the source's `iteration`; a step of a store is copied as it is. The store may be there already; it
+then gets one more step, which shares chunks with the others. Called by `convert`.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from checkpoint.convert import Progress, WriteOptions
-from checkpoint.formats.read_ringhold import STATES
+from checkpoint.formats.read_ringhold import STATES, Stored
 from checkpoint.nest import key_of
 from checkpoint.source import FP32, FROZEN, PARAM, Bytes, Entry, Source, states_by_name
 from checkpoint.writer import Writer
@@ -27,11 +28,13 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Progres
         StorageFailed: it cannot be written.
 
     """
+    if isinstance(source, Stored):
+        _copy(source, options, progress)
+        return
     step = source.extras.get("iteration", 0)
     url = options.destination or os.fspath(folder)
     with Writer(url, step if isinstance(step, int) else 0, threads=_THREADS) as writer:
-        if step in writer.store.steps():
-            raise UsageError(f"{url} has a step {step} already; convert to another store, or remove the step")
+        _check_new(writer, url, step)
         state: dict[str, Any] = {"model": {}, "optimizer": {"state": {}, "param_groups": []}}
         given: dict[str, str] = {}
         for name, states in states_by_name(source).items():
@@ -52,7 +55,31 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Progres
         writer.finish(state, {STATES: given})
 
 
-def _reading(source: Source, entry: Entry, progress: Progress) -> Any:
+def _copy(source: Stored, options: WriteOptions, progress: Progress) -> None:
+    """Write a step of another store under its own number: the same state to the bit, with layouts and metadata."""
+    manifest = source.reader.manifest
+    with Writer(options.destination, manifest.step, threads=_THREADS) as writer:
+        _check_new(writer, options.destination, manifest.step)
+        for key, tensor in manifest.tensors.items():
+            writer.add(key, tensor.dtype, tensor.shape, _told(source, key, progress), manifest.layout(key))
+        writer.finish(manifest.state, manifest.metadata)
+
+
+def _told(source: Stored, key: str, progress: Progress) -> Callable[[Region], Bytes]:
+    def read(box: Region) -> Bytes:
+        data = source.reader.read(key, box)
+        progress(data.nbytes)
+        return data
+
+    return read
+
+
+def _check_new(writer: Writer, url: str, step: Any) -> None:
+    if step in writer.store.steps():
+        raise UsageError(f"{url} has a step {step} already; convert to another store, or remove the step")
+
+
+def _reading(source: Source, entry: Entry, progress: Progress) -> Callable[[Region], Bytes]:
     def read(box: Region) -> Bytes:
         data = source.read(entry.key, box)
         progress(data.nbytes)

@@ -115,6 +115,56 @@ def test_to_a_store_and_back(tmp_path: Path) -> None:
     assert safetensors(tmp_path / "plain")["wte.weight|fp32"] == truth()["wte.weight|fp32"]
 
 
+def odd_state() -> dict[str, Any]:
+    import torch
+
+    return {
+        "model": {"w": torch.randn(5, 7), "half": torch.randn(3).bfloat16(), "double": torch.randn(2, 2).double()},
+        "optimizer": {
+            "state": {"w": {"exp_avg": torch.randn(5, 7), "step": torch.tensor(4.0)}},
+            "param_groups": [{"params": ["w"], "betas": (0.9, 0.95), "lr": 1e-3}],
+        },
+        "rng": torch.arange(40, dtype=torch.uint8),
+        "big": {"table": torch.randn(200, 200)},
+        "position": {"epoch": 3, "shards": [1, 2], "name": b"raw"},
+    }
+
+
+def test_a_step_of_a_store_goes_to_another_store_as_it_is(tmp_path: Path) -> None:
+    from checkpoint import load_state, save
+    from collectives.state import state_hash
+
+    save(str(tmp_path / "a"), odd_state(), step=12, metadata={"note": "kept"})
+    convert(tmp_path / "a", tmp_path / "b", to="ringhold")
+    assert state_hash(load_state(str(tmp_path / "a"))) == state_hash(load_state(str(tmp_path / "b")))
+    source = open_source(tmp_path / "b")
+    assert source.extras["iteration"] == 12
+    source.close()
+
+
+def test_tensors_outside_of_the_model_are_extras_or_told(tmp_path: Path) -> None:
+    from checkpoint import save
+
+    save(str(tmp_path / "a"), odd_state(), step=12)
+    report = convert(tmp_path / "a", tmp_path / "out", to="plain")
+    assert report.left_out == ("big/table",)
+    found = safetensors(tmp_path / "out")
+    assert set(found) == {"w|fp32", "half|param", "double|param", "w|exp_avg", "w|step"}
+    again = open_source(tmp_path / "out")
+    assert again.extras["rng"]["shape"] == [40]
+    assert again.extras["position"]["epoch"] == 3
+    again.close()
+    save(str(tmp_path / "flat"), {"w": odd_state()["model"]["w"]}, step=1)
+    convert(tmp_path / "flat", tmp_path / "flat-out", to="plain")
+    assert set(safetensors(tmp_path / "flat-out")) == {"w|param"}
+
+
+@pytest.mark.parametrize("to", ["plain", "hf", "ringhold"])
+def test_a_layout_that_has_no_meaning_is_refused(tmp_path: Path, to: str) -> None:
+    with pytest.raises(UsageError, match="leave out the layout"):
+        convert(z1() / "ckpt", tmp_path / "out", to=to, layout={"tp": 2})
+
+
 def test_selections_and_casts(tmp_path: Path) -> None:
     chosen = Selection(include=(r"^blocks\.0",), exclude=(r"bias$",), weights_only=True, dtype="BF16")
     convert(z1() / "ckpt", tmp_path / "out", to="plain", selection=chosen)
