@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from checkpoint.background import SaveHandle, save_async
     from checkpoint.holdings import Sharded
     from checkpoint.loading import LoadOptions, LoadReport, load, load_state
+    from checkpoint.peers import Offer
     from checkpoint.saving import SaveOptions, SaveReport, save
 
 __all__ = [
     "LoadOptions",
     "LoadReport",
+    "Offer",
     "SaveHandle",
     "SaveOptions",
     "SaveReport",
@@ -25,6 +27,7 @@ __all__ = [
 _HOMES = {
     "LoadOptions": "loading",
     "LoadReport": "loading",
+    "Offer": "peers",
     "SaveHandle": "background",
     "SaveOptions": "saving",
     "SaveReport": "saving",

@@ -13,20 +13,22 @@ what they want is there, in a shape and dtype that fit.
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import torch
 from torch import Tensor
 
 from checkpoint import holdings, nest, tensors
+from checkpoint.codec import Bytes
 from checkpoint.crew import Crew, crew_of, raise_told, tell
 from checkpoint.filling import fill
 from checkpoint.holdings import Layouts, Sharded
 from checkpoint.manifest import Chunk
+from checkpoint.peers import Offer, from_peers
 from checkpoint.reader import BURST, Burst, Reader, bursts, inside
 from checkpoint.store import parse_reference
 from collectives import rawbytes
@@ -79,6 +81,8 @@ class LoadReport:
     """Of these."""
     read: int
     """Bytes read of packs."""
+    from_peers: int
+    """Bytes of chunks that came from the memory of ranks, or were in this one's."""
     missing: tuple[str, ...]
     """Wanted and not there; nothing if it was strict."""
     unexpected: tuple[str, ...]
@@ -93,6 +97,8 @@ def load(
     comm: Communicator | None = None,
     *,
     step: int | None = None,
+    peers: bool = False,
+    offer: Offer | None = None,
     options: LoadOptions | None = None,
 ) -> LoadReport:
     """Fill a state in place from a step of a store. Every rank calls it; returns when all of them are done.
@@ -104,6 +110,8 @@ def load(
         layouts: how the tensors lie now, see `Layouts`; the layouts by which they were saved do not matter.
         comm: the communicator; None: this process alone.
         step: which, that of rank 0; None: the newest, unless the path names one.
+        peers: chunks that ranks still have in memory are taken from them, the rest from files; the same on all ranks.
+        offer: with `peers`, what this rank still has of the step; None: nothing.
         options: how.
 
     Raises:
@@ -113,7 +121,7 @@ def load(
         CorruptChunk: bytes are not what was saved; on every rank. Some tensors may be filled already.
 
     """
-    return Loading(path, crew_of(comm, LANE), options or LoadOptions()).run(into, layouts, step)
+    return Loading(path, crew_of(comm, LANE), options or LoadOptions()).run(into, layouts, step, peers, offer)
 
 
 def load_state(
@@ -163,6 +171,14 @@ class _Target(NamedTuple):
     dtype: str
     view: Tensor
 
+    def put(self, raw: Bytes) -> None:
+        """Fill it from the bytes of the chunk."""
+        tensors.put(raw, self.dtype, self.chunk_box.shape, inside(self.box, self.chunk_box), self.view)
+
+
+_Targets: TypeAlias = dict[tuple[str, int], list[_Target]]
+"""By tensor and number of the chunk."""
+
 
 class Loading:
     """One load of one rank; `load` without the choice of the crew."""
@@ -172,7 +188,14 @@ class Loading:
         self._path, self._named = parse_reference(os.fspath(path))
         self._crew, self._options = crew, options
 
-    def run(self, into: dict[str, Any], layouts: Layouts, step: int | None) -> LoadReport:
+    def run(
+        self,
+        into: dict[str, Any],
+        layouts: Layouts,
+        step: int | None,
+        peers: bool = False,
+        offer: Offer | None = None,
+    ) -> LoadReport:
         """All of it."""
         reader: Reader | None = None
         try:
@@ -192,8 +215,10 @@ class Loading:
             known = {key for one in heard.values() for key in one.keys}
             unexpected = tuple(key for key in reader.tensors if key not in known)
             self._judge(reader, told.values(), unexpected)
-            read = self._fill(reader, wanted, shards, into)
-            return self._report(reader, shards, read, tuple(misfits.missing), unexpected)
+            targets = _all_targets(reader, wanted, shards)
+            came = self._take(reader, targets, offer) if peers else 0
+            read = self._fill(reader, wanted, shards, targets, into)
+            return self._report(reader, shards, read, came, tuple(misfits.missing), unexpected)
         finally:
             if reader is not None:
                 reader.close()
@@ -273,33 +298,51 @@ class Loading:
                 mismatched=mismatched,
             )
 
-    def _fill(self, reader: Reader, wanted: dict[str, Tensor], shards: dict[str, Shard], into: dict[str, Any]) -> int:
+    def _take(self, reader: Reader, targets: _Targets, offer: Offer | None) -> int:
+        """Fill from peers what they have, and take it out of the targets; bytes that came."""
+        wants: dict[str, list[int]] = {}
+        for key, index in targets:
+            wants.setdefault(key, []).append(index)
+
+        def accept(key: str, index: int, raw: Bytes) -> None:
+            for target in targets.pop((key, index)):
+                target.put(raw)
+
+        return from_peers(self._crew, reader.manifest, offer, wants, self._options.memory // _SHARE, accept)
+
+    def _fill(
+        self,
+        reader: Reader,
+        wanted: dict[str, Tensor],
+        shards: dict[str, Shard],
+        targets: _Targets,
+        into: dict[str, Any],
+    ) -> int:
         """Bytes that were read."""
         read = 0
         try:
-            read = self._fill_tensors(reader, {key: wanted[key] for key in shards}, shards)
+            read = self._read(reader, targets)
         except RingholdError as error:
             self._error = error
+        for key in shards:
+            tensors.changed(wanted[key])
         rows = self._crew.gather(tell(self._error).encode())
         raise_told(self._error, {rank: row.decode() for rank, row in rows.items()}, "load")
         fill(into, reader.manifest.state, write=True)
         return read
 
-    def _fill_tensors(self, reader: Reader, wanted: dict[str, Tensor], shards: dict[str, Shard]) -> int:
-        targets: dict[Chunk, list[_Target]] = defaultdict(list)
-        for key, tensor in wanted.items():
-            entry = reader.tensors[key]
-            for index, target in _targets(entry.boxes, entry.dtype, tensor, shards[key]):
-                targets[reader.manifest.chunks[entry.chunks[index]]].append(target)
+    def _read(self, reader: Reader, targets: _Targets) -> int:
+        """Fill from files; bytes that were read."""
+        by_chunk: dict[Chunk, list[_Target]] = defaultdict(list)
+        for (key, index), several in targets.items():
+            by_chunk[reader.manifest.chunks[reader.tensors[key].chunks[index]]] += several
         threads = self._options.threads or (min(4, os.cpu_count() or 1) if self._crew.size == 1 else 1)
-        plan = bursts(list(targets), min(BURST, self._options.memory // threads // _SHARE))
+        plan = bursts(list(by_chunk), min(BURST, self._options.memory // threads // _SHARE))
 
         def work(burst: Burst) -> None:
             for chunk, raw in reader.fetch(burst):
-                for target in targets[chunk]:
-                    tensors.put(
-                        raw, target.dtype, target.chunk_box.shape, inside(target.box, target.chunk_box), target.view
-                    )
+                for target in by_chunk[chunk]:
+                    target.put(raw)
 
         if threads == 1:
             for burst in plan:
@@ -308,12 +351,16 @@ class Loading:
             with ThreadPoolExecutor(threads, "ringhold-load") as pool:
                 for _ in pool.map(work, plan):
                     pass
-        for tensor in wanted.values():
-            tensors.changed(tensor)
         return sum(burst.length for burst in plan)
 
     def _report(
-        self, reader: Reader, shards: dict[str, Shard], read: int, missing: tuple[str, ...], unexpected: tuple[str, ...]
+        self,
+        reader: Reader,
+        shards: dict[str, Shard],
+        read: int,
+        came: int,
+        missing: tuple[str, ...],
+        unexpected: tuple[str, ...],
     ) -> LoadReport:
         entries = reader.tensors
         return LoadReport(
@@ -322,16 +369,22 @@ class Loading:
             tensors=len(shards),
             nbytes=sum(shard.size * tensors.torch_dtype(entries[key].dtype).itemsize for key, shard in shards.items()),
             read=read,
+            from_peers=came,
             missing=missing,
             unexpected=unexpected,
             seconds=time.perf_counter() - self._started,
         )
 
 
-def _targets(grid: Any, dtype: str, tensor: Tensor, shard: Shard) -> Iterator[tuple[int, _Target]]:
-    """The chunks that a shard needs, and where in its tensor each goes."""
-    for box, view in tensors.views(tensor, shard):
-        for index in grid.touching(box):
-            part = grid.box(index)
-            both = part.intersect(box)
-            yield index, _Target(part, both, dtype, view[inside(both, box)])
+def _all_targets(reader: Reader, wanted: dict[str, Tensor], shards: dict[str, Shard]) -> _Targets:
+    """The chunks that the shards need, and where in their tensors each goes."""
+    found: _Targets = defaultdict(list)
+    for key, shard in shards.items():
+        entry = reader.tensors[key]
+        grid = entry.boxes
+        for box, view in tensors.views(wanted[key], shard):
+            for index in grid.touching(box):
+                part = grid.box(index)
+                both = part.intersect(box)
+                found[key, index].append(_Target(part, both, entry.dtype, view[inside(both, box)]))
+    return found

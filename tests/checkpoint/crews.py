@@ -13,6 +13,7 @@ import numpy as np
 from checkpoint.codec import Bytes
 from checkpoint.crew import Crew, Single
 from checkpoint.loading import Loading, LoadOptions, LoadReport
+from checkpoint.peers import Offer
 from checkpoint.saving import SaveOptions, SaveReport, Saving
 from checkpoint.store import Store
 from collectives.errors import RingholdError
@@ -78,11 +79,15 @@ def saved(url: str, states: list[Any], layouts: Any, step: int = 0, **options: A
     return crewed(len(states), work)
 
 
-def loaded(url: str, states: list[Any], layouts: Any, **options: Any) -> list[LoadReport | RingholdError]:
-    """Fill `states[rank]` of every rank."""
+def loaded(
+    url: str, states: list[Any], layouts: Any, offers: list[Offer | None] | None = None, **options: Any
+) -> list[LoadReport | RingholdError]:
+    """Fill `states[rank]` of every rank, from what ranks offer and from files."""
 
     def work(crew: Crew) -> LoadReport:
         mine = layouts[crew.rank] if isinstance(layouts, list) else layouts
-        return Loading(url, crew, LoadOptions(**options)).run(states[crew.rank], mine, None)
+        offer = None if offers is None else offers[crew.rank]
+        loading = Loading(url, crew, LoadOptions(**options))
+        return loading.run(states[crew.rank], mine, None, peers=offers is not None, offer=offer)
 
     return crewed(len(states), work)

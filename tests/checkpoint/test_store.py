@@ -223,3 +223,17 @@ def test_the_store_and_its_commands_need_no_torch(tmp_path: Path) -> None:
     shown = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert shown["tensors"][0]["shape"] == [10]
     assert "all is as it was saved" in done.stdout
+
+
+def test_an_error_after_the_manifest_appeared_leaves_its_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = Store.publish
+
+    def late(self: Store, manifest: Any) -> None:
+        publish(self, manifest)
+        raise StorageFailed("the folder cannot be brought to the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", late)
+        with pytest.raises(StorageFailed, match="brought to the disk"):
+            save(tmp_path, state_at(1), step=1)
+    check(str(tmp_path), 1)
