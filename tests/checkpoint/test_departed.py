@@ -45,7 +45,7 @@ def test_the_packs_of_a_rank_that_is_evicted_stay_where_the_others_count_on_them
     if gather == PUBLISH:
         ends = crewed(2, save)
     else:  # rank 0 goes through the last gather without it
-        ends = crewed(2, lambda crew: save(Alone(crew) if crew.rank == 0 else crew))
+        ends = crewed(2, lambda crew: save(Alone(crew, PUBLISH) if crew.rank == 0 else crew))
     assert isinstance(ends[0], SaveReport), ends
     assert isinstance(ends[1], Evicted), ends
     loaded: dict[str, Tensor] = load_state(tmp_path, step=5)
@@ -53,12 +53,26 @@ def test_the_packs_of_a_rank_that_is_evicted_stay_where_the_others_count_on_them
 
 
 class Alone:
-    """A rank that is the only one left at the last gather."""
+    """A rank that is the only one left as of a gather."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew, self._count = crew, 0
+    def __init__(self, crew: Crew, since: int) -> None:
+        self._crew, self._since, self._count = crew, since, 0
         self.rank, self.size, self.trade, self.close = crew.rank, crew.size, crew.trade, crew.close
 
     def gather(self, data: bytes) -> dict[int, bytes]:
         self._count += 1
-        return {self.rank: data} if self._count == PUBLISH else self._crew.gather(data)
+        return {self.rank: data} if self._count >= self._since else self._crew.gather(data)
+
+
+@pytest.mark.parametrize("step", [None, 9])
+def test_a_first_rank_that_is_lost_before_it_says_a_word_is_missed_by_nobody(tmp_path: Path, step: int | None) -> None:
+    state = {"tensor": torch.arange(10)}
+
+    def save(crew: Crew) -> SaveReport:
+        if crew.rank == 0:
+            raise Evicted("this member was taken for dead; join again")
+        with Store(tmp_path) as store:
+            return Saving(store, Alone(crew, OPENING), SaveOptions()).run(state, None, step, {})
+
+    assert isinstance(crewed(2, save)[1], SaveReport)
+    assert torch.equal(load_state(tmp_path, step=step or 0)["tensor"], state["tensor"])
