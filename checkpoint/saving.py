@@ -17,9 +17,9 @@ at all.
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,12 +30,12 @@ from checkpoint.assignment import Job, assign
 from checkpoint.codec import Bytes, Codec
 from checkpoint.crew import Crew, crew_of, raise_told, tell
 from checkpoint.dtypes import ITEMSIZE
+from checkpoint.exchange import Came, put_together, rounds, trade
 from checkpoint.grid import Grid
 from checkpoint.holdings import Holding, Layouts, Whole
 from checkpoint.leases import Held
 from checkpoint.manifest import Manifest, TensorEntry
 from checkpoint.packs import PackWriter, Piece, Placed, Written
-from checkpoint.reader import inside
 from checkpoint.store import Store, new_save_name, pack_name
 from checkpoint.writer import BATCH, Table, begin
 from collectives.communicator import Communicator
@@ -54,9 +54,6 @@ from collectives.errors import (
 LANE = "checkpoint"
 OUT_OF_THE_RUN = (Evicted, QuorumLost, CoordinatorUnreachable, OperationTimeout)
 """What one rank raises by itself, while the others go on."""
-
-_Came: TypeAlias = dict[tuple[int, int], Bytes]
-"""Pieces of a chunk that other ranks sent: by rank, and by the identity of the part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +194,7 @@ class Saving:
         try:
             self._write(first, wholes, local, progress)
             manifest = self._manifest(first, wholes, nested, progress)
+            self._packs.clear()  # from now on a manifest may name them, even if its writer sees an error
             self._publish(manifest, progress)
         except BaseException as error:
             if self._came_to_nothing(error):
@@ -277,7 +275,7 @@ class Saving:
         self._add(writer, data, ((job, {}) for job in jobs if job.owner == rank and job.local))
         try:
             for some in rounds([job for job in jobs if not job.local], self._options.round_bytes):
-                self._round(some, data, writer)
+                self._add(writer, data, trade(self._crew, some, data))  # also if this rank cannot write
         except MemberLost as error:
             loss = error
         try:
@@ -290,48 +288,7 @@ class Saving:
             self._error = error
         return loss
 
-    def _round(self, jobs: list[Job], data: tensors.LocalBytes, writer: PackWriter) -> None:
-        """Move what some chunks lack to their writers, and write them. Takes part even if this rank cannot write."""
-        rank = self._crew.rank
-        outgoing: dict[int, list[Bytes]] = {}
-        for job in jobs:
-            for source, part, _ in job.parcels():
-                if source == rank:
-                    outgoing.setdefault(job.owner, []).append(data.read(job.key, part.box).reshape(-1))
-        incoming = self._crew.trade({owner: np.concatenate(several) for owner, several in outgoing.items()})
-        at = dict.fromkeys(incoming, 0)
-
-        def chunks() -> Iterator[tuple[Job, _Came]]:
-            for job in jobs:
-                if job.owner == rank:
-                    came: _Came = {}
-                    for source, part, nbytes in job.parcels():
-                        piece = incoming[source][at[source] : at[source] + nbytes]
-                        came[source, id(part)] = piece.reshape(*part.box.shape, ITEMSIZE[job.dtype])
-                        at[source] += nbytes
-                    yield job, came
-
-        self._add(writer, data, chunks())
-
-    def _put_together(self, job: Job, data: tensors.LocalBytes, came: _Came, flat: Bytes) -> Bytes:
-        """The bytes of a chunk, from what is here and what came; in `flat` unless they lie somewhere in one run."""
-        if len(job.parts) == 1 and not job.parts[0].group.ops and job.local:
-            value = data.read(job.key, job.box)
-            if value.flags.c_contiguous:
-                return value.reshape(-1)
-        out = flat.reshape(*job.box.shape, ITEMSIZE[job.dtype])
-        for part in job.parts:
-            terms = [
-                data.read(job.key, part.box) if source == job.owner else came[source, id(part)]
-                for source in part.sources
-            ]
-            value = terms[0]
-            if part.group.ops:
-                value = tensors.reduce(terms, job.dtype, part.group.ops, part.group.extents)
-            out[inside(part.box, job.box)] = value
-        return flat
-
-    def _add(self, writer: PackWriter, data: tensors.LocalBytes, chunks: Iterable[tuple[Job, _Came]]) -> None:
+    def _add(self, writer: PackWriter, data: tensors.LocalBytes, chunks: Iterable[tuple[Job, Came]]) -> None:
         """Write chunks, some MiB at a time. Once this rank has failed, nothing more is written."""
         waiting: list[tuple[Job, Bytes]] = []
         used = 0
@@ -342,7 +299,7 @@ class Saving:
                 if used + job.nbytes > BATCH:
                     self._flush(writer, waiting)
                     waiting, used = [], 0
-                waiting.append((job, self._put_together(job, data, came, self._room(used, job.nbytes))))
+                waiting.append((job, put_together(job, data, came, self._room(used, job.nbytes))))
                 used += job.nbytes
             if self._error is None:
                 self._flush(writer, waiting)
@@ -442,22 +399,3 @@ class Saving:
             lost=tuple(rank for rank in range(size) if rank not in progress.alive),
             seconds=time.perf_counter() - self._started,
         )
-
-
-def rounds(jobs: list[Job], most: int) -> Iterator[list[Job]]:
-    """Cut jobs, in order, into rounds in which no rank sends or gets more than `most` bytes (one job may)."""
-    some: list[Job] = []
-    load: dict[tuple[str, int], int] = {}
-    for job in jobs:
-        adds: dict[tuple[str, int], int] = {}
-        for source, _, nbytes in job.parcels():
-            for place in (("from", source), ("to", job.owner)):
-                adds[place] = adds.get(place, 0) + nbytes
-        if some and any(load.get(place, 0) + nbytes > most for place, nbytes in adds.items()):
-            yield some
-            some, load = [], {}
-        some.append(job)
-        for place, nbytes in adds.items():
-            load[place] = load.get(place, 0) + nbytes
-    if some:
-        yield some
