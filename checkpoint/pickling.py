@@ -2,8 +2,8 @@
 
 `dumps` writes plain values and, among them, the nodes below: `Name` (a class or function of a library), `Call` (what a
 function returns), `Made` (an instance without its constructor, with state), `Pairs` (a dict of such keys) and
-`Persistent` (what torch's files keep beside the pickle). Protocol 2, because it is what torch's own weights-only reader knows. Used by `torch_file` and by
-the writers of foreign formats.
+`Persistent` (what torch's files keep beside the pickle). Protocol 2, because it is what torch's own weights-only reader
+knows. Used by `torch_file` and by the writers of foreign formats.
 """
 
 import struct
