@@ -197,12 +197,16 @@ class _Reader:
                 for key, value in (states.get(slot) or {}).items():
                     if isinstance(value, TensorRef):
                         found[key] = file.stored(value)
+                    elif key == STEP:
+                        found[key] = scalar(value)
                 self._step(found, group, states, file)
 
     def _step(
         self, found: dict[str, Lazy], group: Mapping[str, Any], states: Mapping[Any, Any], file: TorchFile
     ) -> None:
-        step = found.get(STEP, group.get(STEP, states.get("common_step")))
+        step = group.get(STEP, states.get("common_step"))
+        if STEP in found:
+            return
         if isinstance(step, TensorRef):
             step = number(file.stored(step))
         if isinstance(step, int | float):
