@@ -28,10 +28,12 @@ from collectives.region import Ranges, Region, split
 from collectives.schedule import Schedule, Step
 from parallel.cells import Cell, Nearness, Ranks, Reduction, Sum, attainable, cells, nearness, reduction
 from parallel.layout import Layout, Shard
-from parallel.packing import Part, gather, joined, parts, scatter
+from parallel.packing import Part, Span, gather, joined, parts, scatter
 
 _Row: TypeAlias = tuple[int, int, int, int, bool]
 _Places: TypeAlias = tuple[tuple[Shard, tuple[Part, ...]], ...]
+_Target: TypeAlias = tuple[tuple[Part, ...], tuple[int, ...]]
+"""Where what comes is put, and the shape of the shard."""
 _SUMS = Reduction("sum", "sum")
 
 
@@ -81,7 +83,7 @@ class Change:
     _sources: dict[int, tuple[tuple[Shard, tuple[Part, ...]], ...]] = field(
         default_factory=dict, init=False, repr=False
     )
-    _targets: dict[int, tuple[Part, ...]] = field(default_factory=dict, init=False, repr=False)
+    _targets: dict[int, _Target] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def local(self) -> bool:
@@ -118,8 +120,8 @@ class Change:
         """A rank's shard, made of the elements of the ranges that it wants, flat and in order."""
         if self.terms > 1:
             values = values / self.terms
-        shape = self.after.shard(self.shape, rank).shape if rank in self.after.mesh.ranks else (0,)
-        return scatter(values, self._target_parts(rank), shape, float(self.op.after == "prod"))
+        places, shape = self._target(rank)
+        return scatter(values, places, shape, float(self.op.after == "prod"))
 
     def _source_parts(self, rank: int) -> _Places:
         known = self._sources.get(rank)
@@ -131,12 +133,13 @@ class Change:
             )
         return known
 
-    def _target_parts(self, rank: int) -> tuple[Part, ...]:
+    def _target(self, rank: int) -> _Target:
         known = self._targets.get(rank)
         if known is None:
             mine = [flow for flow in self.flows if rank in flow.wanted]
             places = chain.from_iterable(self._places(flow, flow.cell.after) for flow in mine)
-            known = self._targets[rank] = joined(places)
+            shape = self.after.shard(self.shape, rank).shape if rank in self.after.mesh.ranks else (0,)
+            known = self._targets[rank] = joined(places), shape
         return known
 
     def _places(self, flow: Flow, shard: Shard) -> tuple[Part, ...]:
@@ -149,6 +152,7 @@ class Reshard(Change):
     """A change of layout of tensors of one shape, from `before`. Make one with `reshard`."""
 
     before: Layout
+    _held: dict[int, tuple[Shard, bool]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, comm: Communicator, shard: Tensor) -> Tensor:
         """Bring a tensor from `before` to `after`; every rank of the communicator calls it.
@@ -166,17 +170,28 @@ class Reshard(Change):
             MemberLost: as for `Communicator.redistribute`.
 
         """
-        return self.move(comm, self.held(comm.rank, shard), shard.dtype)
+        held = self.held(comm.rank, shard)
+        return shard if self._held[comm.rank][1] else self.move(comm, held, shard.dtype)
 
     def held(self, rank: int, tensor: Tensor) -> dict[Shard, Tensor]:
         """What a rank holds, for `move`. Raises `LayoutMismatch` if it has another shape."""
-        shard = self.before.shard(self.shape, rank) if rank in self.before.mesh.ranks else _NOTHING
+        known = self._held.get(rank)
+        if known is None:
+            shard = self.before.shard(self.shape, rank) if rank in self.before.mesh.ranks else _NOTHING
+            known = self._held[rank] = shard, self._stays(rank, shard)
+        shard = known[0]
         if tuple(tensor.shape) != shard.shape:
             raise LayoutMismatch(
                 f"rank {rank} holds a shard of shape {list(shard.shape)} of a tensor of shape {list(self.shape)} that "
                 f"lives on {self.before}; this one is {list(tensor.shape)}"
             )
         return {shard: tensor}
+
+    def _stays(self, rank: int, shard: Shard) -> bool:
+        """Whether a rank is left with just what it holds, and nobody else wants any of it."""
+        everything = (Span(0, shard.size),)
+        same = self._source_parts(rank) == ((shard, everything),) and self._target(rank) == (everything, shard.shape)
+        return self.local and self.terms == 1 and same
 
 
 _NOTHING = Shard.of(Region.flat(0, 0))
