@@ -11,7 +11,7 @@ import pytest
 from launch.record import read_log
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 12
+SECONDS = 8
 FAULTS = {
     "gloo": "kill,stop,leave,join,coordinator,slow",
     "checked:sockets": "all",
@@ -40,8 +40,8 @@ def test_no_value_is_wrong_and_nobody_hangs_whatever_strikes(tmp_path: Path, tra
     report = json.loads(figures.read_text())
     assert (report["wrong"], report["hangs"], report["leaks"], report["complaints"]) == (0, 0, 0, [])
     assert report["operations"] > 20
-    assert report["syncs"] > 4
-    assert sum(fault["fired"] for fault in report["faults"].values()) >= 5
+    assert report["syncs"] > 2
+    assert sum(fault["fired"] for fault in report["faults"].values()) >= 4
     assert report["recoveries"]["all"]["first good operation"]["count"] > 0
     assert f"--seed 5 --faults {','.join(report['faults'])} --ops all --transport {transport}" in report["replay"]
     log = read_log(out / "run.jsonl")
