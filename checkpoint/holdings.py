@@ -4,7 +4,7 @@
 contradicts whom. Pure functions of what was gathered, so that every rank comes to the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -135,7 +135,7 @@ def merge(holdings: Mapping[int, Holding]) -> dict[str, Whole]:
         held = {rank: holding.tensors[key] for rank, holding in holdings.items() if key in holding.tensors}
         layouts = {rank: parsed[rank][one.layout] for rank, one in held.items() if one.layout is not None}
         try:
-            found[key] = _whole(key, held, layouts)
+            found[key] = _whole(key, held, layouts, holdings)
         except (UsageError, LayoutMismatch) as error:
             wrong[key] = str(error)
     if wrong:
@@ -228,7 +228,8 @@ def _as_sharded(value: Layout | Sharded) -> Sharded:
     return value if isinstance(value, Sharded) else Sharded(value)
 
 
-def _whole(key: str, held: Mapping[int, HeldTensor], layouts: Mapping[int, Layout]) -> Whole:
+def _whole(key: str, held: Mapping[int, HeldTensor], layouts: Mapping[int, Layout], present: Container[int]) -> Whole:
+    """A tensor, as the ranks that are `present` say; one that is not was lost, and its layout says what it had."""
     first = next(iter(held))
     for rank, one in held.items():
         for what in ("dtype", "whole"):
@@ -240,8 +241,9 @@ def _whole(key: str, held: Mapping[int, HeldTensor], layouts: Mapping[int, Layou
         if layouts.get(rank) != layouts.get(first):
             raise LayoutMismatch(f"layout {layouts.get(first)} on rank {first}, {layouts.get(rank)} on rank {rank}")
     layout = layouts.get(first) or Layout.replicated(Mesh((("replica", len(held)),), tuple(held)))
-    if missing := sorted(set(layout.mesh.ranks) - set(held)):
-        raise LayoutMismatch(f"rank {missing[0]} is on mesh {layout.mesh} and does not have it")
+    missing = sorted(set(layout.mesh.ranks) - set(held))
+    if idle := [rank for rank in missing if rank in present]:
+        raise LayoutMismatch(f"rank {idle[0]} is on mesh {layout.mesh} and does not have it")
     if strangers := sorted(set(held) - set(layout.mesh.ranks)):
         raise LayoutMismatch(f"rank {strangers[0]} has it and is not on mesh {layout.mesh}")
     shape = held[first].whole
@@ -249,7 +251,7 @@ def _whole(key: str, held: Mapping[int, HeldTensor], layouts: Mapping[int, Layou
         shape = infer_shape(layout, {rank: one.shape for rank, one in held.items()})
     shards = {rank: layout.shard(shape, rank) for rank in layout.mesh.ranks}
     for rank, shard in shards.items():
-        if not fits(held[rank].shape, shard):
+        if rank in held and not fits(held[rank].shape, shard):
             raise LayoutMismatch(
                 f"of shape {shape} by {layout} rank {rank} has {shard.shape}, its tensor is {held[rank].shape}"
             )
@@ -262,33 +264,32 @@ def fits(shape: tuple[int, ...], shard: Shard) -> bool:
 
 
 def infer_shape(layout: Layout, shapes: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a whole tensor from those of its shards.
+    """The shape of a whole tensor from those of its shards, or of some of them.
 
     Raises:
-        UsageError: it is cut flat, so that it cannot be known, or shards differ in their number of dimensions.
+        UsageError: it is cut flat, so that it cannot be known; shards differ in their number of dimensions; or too few
+            of them are there.
 
     """
     if any(isinstance(placement, Flat) for placement in layout.placements):
         raise UsageError(f"layout {layout} cuts it flat; give the whole shape: Sharded(layout, shape)")
-    mesh = layout.mesh
-    first = mesh.ranks[0]
-    whole = list(shapes[first])
-    if any(len(shapes[rank]) != len(whole) for rank in mesh.ranks):
+    first = next(iter(shapes.values()))
+    if any(len(shape) != len(first) for shape in shapes.values()):
         raise UsageError("its shards differ in their number of dimensions")
-    layout.check(tuple(whole))
-    for dim in range(len(whole)):
-        line = list(_line(layout, dim))
-        whole[dim] = sum(shapes[rank][dim] for rank in line)
-    return tuple(whole)
+    layout.check(first)
+    return tuple(_extent(layout, dim, shapes) for dim in range(len(first)))
 
 
-def _line(layout: Layout, dim: int) -> Iterator[int]:
-    """The ranks along all axes that split a dimension, at the start of all others."""
+def _extent(layout: Layout, dim: int, shapes: Mapping[int, tuple[int, ...]]) -> int:
+    """Extent of the whole along a dimension: the sum along all axes that split it, wherever those are all there."""
     mesh = layout.mesh
+    splits = [isinstance(placement, Split) and placement.dim == dim for placement in layout.placements]
+    lines: dict[tuple[int, ...], list[int]] = {}
     for rank in mesh.ranks:
         place = mesh.place(rank)
-        if all(
-            at == 0 or (isinstance(placement, Split) and placement.dim == dim)
-            for at, placement in zip(place, layout.placements, strict=True)
-        ):
-            yield rank
+        fixed = tuple(at for at, along in zip(place, splits, strict=True) if not along)
+        lines.setdefault(fixed, []).append(rank)
+    for line in lines.values():
+        if all(rank in shapes for rank in line):
+            return sum(shapes[rank][dim] for rank in line)
+    raise UsageError("ranks were lost, so that its whole shape is not known; give it: Sharded(layout, shape)")

@@ -30,7 +30,7 @@ from checkpoint.holdings import Layouts, Sharded
 from checkpoint.manifest import Chunk
 from checkpoint.peers import Offer, from_peers
 from checkpoint.reader import BURST, Burst, Reader, bursts, inside
-from checkpoint.store import parse_reference
+from checkpoint.store import Store, parse_reference
 from collectives import rawbytes
 from collectives.communicator import Communicator
 from collectives.errors import OptionError, RingholdError, StorageFailed
@@ -187,6 +187,7 @@ class Loading:
         self._started = time.perf_counter()
         self._path, self._named = parse_reference(os.fspath(path))
         self._crew, self._options = crew, options
+        self._error: RingholdError | None = None
 
     def run(
         self,
@@ -199,13 +200,13 @@ class Loading:
         """All of it."""
         reader: Reader | None = None
         try:
-            opening, wanted, reader = self._open(into, step)
+            opening, wanted = self._open(into, step)
             heard = {
                 rank: msgspec.json.decode(row, type=_Opening)
                 for rank, row in self._crew.gather(msgspec.json.encode(opening)).items()
             }
             raise_told(self._error, {rank: one.error for rank, one in heard.items()}, "load")
-            reader, shards, misfits = self._look(reader, heard[min(heard)].step, wanted, layouts, into)
+            reader, shards, misfits = self._look(heard[min(heard)].step, wanted, layouts, into)
             told = {
                 rank: msgspec.json.decode(row, type=_Misfits)
                 for rank, row in self._crew.gather(msgspec.json.encode(misfits)).items()
@@ -223,30 +224,28 @@ class Loading:
             if reader is not None:
                 reader.close()
 
-    def _open(self, into: dict[str, Any], step: int | None) -> tuple[_Opening, dict[str, Tensor], Reader | None]:
-        """What this rank wants; rank 0 chooses the step."""
-        reader: Reader | None = None
+    def _open(self, into: dict[str, Any], step: int | None) -> tuple[_Opening, dict[str, Tensor]]:
+        """What this rank wants, and the step that it would choose; the first rank's holds."""
+        number = -1
         wanted: dict[str, Tensor] = {}
-        error: RingholdError | None = None
         try:
             _, wanted = nest.take_apart(into, tensors.is_tensor)
-            if self._crew.rank == 0:
-                reader = Reader(self._path, self._named if step is None else step)
-        except RingholdError as failure:
-            error = failure
-        self._error = error
-        number = -1 if reader is None else reader.manifest.step
-        return _Opening(number, list(wanted), tell(error)), wanted, reader
+            with Store(self._path) as store:
+                number = store.choose(self._named if step is None else step)
+        except RingholdError as error:
+            self._error = error
+        return _Opening(number, list(wanted), tell(self._error)), wanted
 
     def _look(
-        self, reader: Reader | None, step: int, wanted: dict[str, Tensor], layouts: Layouts, into: dict[str, Any]
+        self, step: int, wanted: dict[str, Tensor], layouts: Layouts, into: dict[str, Any]
     ) -> tuple[Reader | None, dict[str, Shard], _Misfits]:
         """The shards of this rank, and what does not fit."""
         missing: dict[str, str] = {}
         mismatched: dict[str, str] = {}
         shards: dict[str, Shard] = {}
+        reader: Reader | None = None
         try:
-            reader = reader or Reader(self._path, step)
+            reader = Reader(self._path, step)
             choose = holdings.chooser(layouts)
             for key, tensor in wanted.items():
                 if key not in reader.tensors:

@@ -5,7 +5,7 @@
 
 The protocol, all decisions pure functions of what was gathered:
 
-1. Everybody tells what it holds; rank 0 also which step it is and the name of the save. The whole is put together.
+1. Everybody tells what it holds, and proposes a name; that of the first rank holds. The whole is put together.
 2. `assign` says who writes which chunk. Chunks that lie on several ranks are sent to their writer, in rounds.
 3. Everybody closes its pack, then tells which chunks it wrote, and where. If a rank was lost, 2 again with those left,
    for the chunks that are missing; if nobody has what is missing, `MemberLost` on all.
@@ -203,7 +203,7 @@ class Saving:
         finally:
             if self._lease is not None:
                 self._lease.release()
-        return self._report(manifest, progress, len(heard))
+        return self._report(manifest, progress)
 
     def _open(
         self, state: Mapping[str, Any], layouts: Layouts, step: int | None, metadata: Mapping[str, Any]
@@ -385,7 +385,7 @@ class Saving:
             except RingholdError:
                 continue
 
-    def _report(self, manifest: Manifest, progress: _Progress, size: int) -> SaveReport:
+    def _report(self, manifest: Manifest, progress: _Progress) -> SaveReport:
         total = Written()
         for written in progress.written.values():
             total = total.plus(written)
@@ -396,6 +396,6 @@ class Saving:
             nbytes=manifest.nbytes,
             written=total,
             mine=self._written,
-            lost=tuple(rank for rank in range(size) if rank not in progress.alive),
+            lost=tuple(rank for rank in range(self._crew.size) if rank not in progress.alive),
             seconds=time.perf_counter() - self._started,
         )

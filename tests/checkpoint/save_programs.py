@@ -137,7 +137,9 @@ def arm(peer: Peer, stage: str) -> None:
 
         return dying
 
-    if stage == "writing":
+    if stage == "beginning":
+        saving.Saving.run = die(None)  # type: ignore[method-assign]
+    elif stage == "writing":
         PackWriter.add = die(PackWriter.add)  # type: ignore[method-assign]
     elif stage == "written":
         PackWriter.close = die(PackWriter.close)  # type: ignore[method-assign]

@@ -14,7 +14,15 @@ from checkpoint.loading import LoadOptions, load, load_state
 from checkpoint.manifest import Chunk
 from checkpoint.reader import GAP, bursts
 from checkpoint.saving import SaveOptions, Saving, save
-from collectives.errors import LayoutMismatch, NoCheckpoint, OperationTimeout, OptionError, StorageFailed, UsageError
+from collectives.errors import (
+    CorruptChunk,
+    LayoutMismatch,
+    NoCheckpoint,
+    OperationTimeout,
+    OptionError,
+    StorageFailed,
+    UsageError,
+)
 from parallel.layout import Flat, Layout, Mesh, Partial, Split
 from tests.checkpoint.crews import loaded
 
@@ -121,7 +129,15 @@ def test_a_misfit_of_one_rank_is_told_to_all(place: Path) -> None:
     assert all(isinstance(outcome, LayoutMismatch) and outcome.mismatched == ("m/w",) for outcome in outcomes)
     outcomes = loaded(str(place / "no"), [into(), into()], None)
     assert [type(outcome) for outcome in outcomes] == [NoCheckpoint, NoCheckpoint]
-    assert "rank 0 cannot load: there is no Ringhold checkpoint" in str(outcomes[1])
+    (file,) = (place / "packs").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    wanted = [into(), into()]
+    del wanted[0]["m"]["b"]  # which the last chunk is of
+    outcomes = loaded(str(place), wanted, None)
+    assert [type(outcome) for outcome in outcomes] == [CorruptChunk, CorruptChunk]
+    assert "rank 1 cannot load: chunk " in str(outcomes[0])
 
 
 def test_bursts_are_few_and_bounded() -> None:
