@@ -11,6 +11,7 @@ from typing import Any
 from checkpoint.pickling import Made, Name
 
 _SUBPARAM_SHAPE = Name("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")
+_NATIVE_EXPERT = "deepspeed_moe.experts.deepspeed_experts."
 _OF_THE_WRITER = ("affine_map", "sub_param_shard_widths")
 """Keys that describe shards of the job that wrote the source; whole tensors have none."""
 
@@ -28,6 +29,10 @@ class Merging:
             found["vocab_tensor"] = True
         if self._matches("expert_parameter_patterns", name):
             found |= {"is_expert_param": True, "ep_num_experts": shape[0]}
+        elif _NATIVE_EXPERT in name:
+            # The number in the name is of the whole model; under expert parallelism DeepSpeed would take it for that of
+            # a rank and load other experts. No tensor has this many rows, so it refuses.
+            found |= {"is_expert_param": True, "ep_num_experts": -1}
         if self._matches("tp_replicated_parameter_patterns", name):
             return found
         if self._matches("parameter_to_average_patterns", name):

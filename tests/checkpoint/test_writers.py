@@ -143,6 +143,8 @@ def test_atoms_say_how_a_tensor_parallel_job_cuts_them() -> None:
     assert merging.of("h.0.proj.weight", (8, 8)) == {"cat_dim": 1}
     assert merging.of("h.0.gate_up", (16, 8)) == {"cat_dim": 0, "param_n_sub_params": 2}
     assert merging.of("h.0.other", (16, 8)) == {"cat_dim": 0}
+    expert = merging.of("h.0.deepspeed_moe.experts.deepspeed_experts.3.up.weight", (16, 8))
+    assert expert == {"is_expert_param": True, "ep_num_experts": -1, "cat_dim": 0}
     made = merging.of("h.0.qkv", (24, 8))["sub_param_shape"]
     assert made.state == {"patterns": [r".*\.qkv"], "shape": ((8, 8, 8), -1), "partition_dim": 0}
     assert written_info({"affine_map": {}, "original_vocab_size": 100}) == {
