@@ -47,9 +47,9 @@ def both_ways(number: int, hops: tuple[int, int]) -> int:
 class Grid:
     """Adds attention over a grid of ranks to a draft. `ranks[row][column]`; owners are the ranks themselves.
 
-    The regions ("q", owner, round) and ("kv", owner, round) must be there from step `first` on; ("out q", owner,
-    round),
-    and ("out kv", owner, round) where the side has a result, are complete behind step `end`.
+    `side_by_side` rounds of the keys, a divisor of their number, travel at once. The regions ("q", owner, round) and
+    ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and ("out kv", owner, round) where
+    the side has a result, are complete behind step `end`.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class Grid:
         needed: Needed,
         q_way: Direction,
         kv_way: Direction,
+        side_by_side: int = 1,
     ) -> None:
+        self._abreast = side_by_side
         self._draft, self._tasks = draft, tasks
         self._ranks, self._q, self._kv, self._needed = ranks, q, kv, needed
         self._rows, self._columns = len(ranks), len(ranks[0])
@@ -82,7 +84,9 @@ class Grid:
                         self._keys(row, column, number, turn)
 
     def _step(self, kv_round: int, turn: int, q_round: int, hop: int) -> int:
-        return self._first + ((kv_round * self._rows + turn) * self._q.rounds + q_round) * self._columns + hop
+        together, place = divmod(kv_round, self._abreast)
+        turns = (together * self._rows + turn) * self._abreast + place
+        return self._first + (turns * self._q.rounds + q_round) * self._columns + hop
 
     # --- who travels how far ---
 
@@ -206,7 +210,8 @@ class Grid:
         """Where a piece is while it travels."""
         if not self._reuses(side):
             return self._own(side, piece, number)
-        return self._draft.region(("slot", side.name, piece.owner), piece.rows * side.moved, side.room(side.moved))
+        place = ("slot", side.name, piece.owner, number % self._abreast)
+        return self._draft.region(place, piece.rows * side.moved, side.room(side.moved))
 
     def _data(self, side: Side, piece: Piece, number: int, hop: int) -> Range:
         return self._slot(side, piece, number) if hop else self._own(side, piece, number)
@@ -219,7 +224,7 @@ class Grid:
         size = piece.rows * side.result
         if not hop:
             return self._draft.region(("out " + side.name, piece.owner, number), size)
-        place = ("partial", side.name, piece.owner, hop % 2)
+        place = ("partial", side.name, piece.owner, number % self._abreast, hop % 2)
         if not self._reuses(side):
             return self._draft.region((*place, number), size)
         return self._draft.region(place, size, side.room(side.result))

@@ -65,7 +65,7 @@ def predict(problem: Problem, topology: Topology, rates: Rates = RATES, backward
 def candidates(problem: Problem) -> Iterator[Problem]:
     """The schemes that can solve a problem, each with the columns that divide the ranks."""
     world = problem.world
-    for scheme in ("ring", "bidirectional", "token_ring", "ulysses"):
+    for scheme in ("ring", "bidirectional", "token_ring", "token_ring_relay", "ulysses"):
         yield replace(problem, scheme=scheme)
     for columns in range(2, world):
         if world % columns == 0:

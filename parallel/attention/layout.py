@@ -255,7 +255,8 @@ class _Builder:
         problem = self._problem
         short = shortest(problem.causal)
         kv_way = both_ways if problem.scheme == "bidirectional" else short
-        return Grid(self._draft, self._tasks, first, ranks, q, kv, self._needed, short, kv_way)
+        abreast = 2 if problem.scheme == "bidirectional" else 1
+        return Grid(self._draft, self._tasks, first, ranks, q, kv, self._needed, short, kv_way, abreast)
 
     def _sides(self, ranks: Sequence[int]) -> tuple[Side, Side]:
         """Queries and keys of ranks with equal heads."""

@@ -1,0 +1,184 @@
+"""What the schemes of long-context attention cost against each other, against one process and against the simulator.
+
+    python -m benchmarks.attention links            # ring, both ways and TokenRing on duplex links: transfers alone
+    python -m benchmarks.attention overlap          # how much of computing and communicating overlaps, by their ratio
+    python -m benchmarks.attention real             # two ranks over shared memory against one process: time, memory
+    python -m benchmarks.attention weave            # a tensor-parallel stack with its tokens split and not
+    python -m benchmarks.attention map --svg FILE   # which scheme wins for how many heads of keys, by the simulator
+
+What is compared takes turns in one run. In `links` and `overlap` computation is modelled by sleeping.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import table
+from launch.bench_host import Company
+from launch.chart import line_chart
+from launch.environment import peer_environment
+
+GROUPS = (1, 2, 4, 8, 16, 32)
+"""Heads of queries for each of keys, in the map."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("links", "overlap", "real", "weave", "map"))
+    parser.add_argument("--ranks", type=int, nargs="+", default=None)
+    parser.add_argument("--length", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--link", default="10M", help="bytes a second of a link, where one is emulated")
+    parser.add_argument("--network", choices=("mesh", "ring"), default="ring", help="of the map")
+    parser.add_argument("--svg", type=Path, default=None)
+    given = parser.parse_args(arguments)
+    return {"links": links, "overlap": overlap, "real": real, "weave": weave, "map": draw_map}[given.what](given)
+
+
+def links(given: argparse.Namespace) -> int:
+    rows = []
+    for ranks in given.ranks or (4, 8):
+        found = command(given, "ring,bidirectional,token_ring", ranks, given.length or 4096, "--ratio", "0.001")
+        bound = ranks / (2 * (ranks - 1))
+        for row in found:
+            share = row["time_s"] / found[0]["time_s"]
+            rows.append(
+                (
+                    ranks,
+                    row["scheme"],
+                    f"{row['time_s'] * 1e3:.0f}",
+                    f"{row['predicted_s'] * 1e3:.0f}",
+                    f"{row['time_s'] / row['predicted_s']:.2f}",
+                    f"{share:.2f}",
+                    f"{bound:.2f}",
+                )
+            )
+    print(table(("ranks", "scheme", "ms", "simulated", "ratio", "of the ring's", "N/2(N-1)"), rows))
+    return 0
+
+
+def overlap(given: argparse.Namespace) -> int:
+    rows = []
+    for ranks in given.ranks or (4,):
+        for ratio in ("0.5", "1", "2"):
+            found = command(given, "ring,token_ring", ranks, given.length or 4096, "--ratio", ratio)
+            rows += [(ranks, ratio, row["scheme"], f"{row['eta']:.2f}", f"{row['predicted_eta']:.2f}") for row in found]
+    print(table(("ranks", "compute/communicate", "scheme", "eta", "simulated"), rows))
+    print("computation was modelled by sleeping")
+    return 0
+
+
+def command(given: argparse.Namespace, schemes: str, ranks: int, length: int, *more: str) -> list[dict[str, Any]]:
+    """Run `ringhold attention`; its rows."""
+    asked = ["--scheme", schemes, "--ranks", str(ranks), "--seq", str(length), "--rounds", str(given.rounds)]
+    line = [sys.executable, "-m", "launch.attention", *asked, "--link", given.link, "--compute", "modelled", *more]
+    done = subprocess.run([*line, "--check", "256", "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(row) for row in done.stdout.splitlines()]
+
+
+def real(given: argparse.Namespace) -> int:
+    rows = []
+    for ranks in given.ranks or (2, 4):
+        settings = {"length": given.length or 16384, "heads": 8, "rounds": min(given.rounds, 3)}
+        found = together("attention", ranks, "shm", "", settings)
+        first, used = found[0], max(one["used"] for one in found)
+        rows.append(
+            (
+                ranks,
+                f"{first['ours']:.2f}",
+                f"{first['alone']:.2f}",
+                f"{first['ours'] / first['alone']:.2f}",
+                f"{used / 2**20:.0f}",
+                f"{first['used_alone'] / 2**20:.0f}",
+                f"{used / first['used_alone']:.2f}",
+            )
+        )
+    print(table(("ranks", "s", "one process", "ratio", "MiB a rank", "one process", "ratio"), rows))
+    return 0
+
+
+def weave(given: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "links.json"
+        link = {"latency": 1e-4, "bandwidth": float(given.link.removesuffix("M")) * 2**20}
+        path.write_text(json.dumps({"kind": "flat", "ranks": 2, "link": link}))
+        settings = {"tokens": given.length or 1024, "width": 512, "layers": 4, "rounds": given.rounds}
+        found = together("weave", 2, "emulated:sockets", str(path), settings)[0]
+    rows = [(f"{found['split']:.2f}", f"{found['whole']:.2f}", f"{found['whole'] / found['split']:.2f}")]
+    print(table(("split, s", "whole, s", "times as fast"), rows))
+    return 0
+
+
+def together(what: str, ranks: int, transport: str, topology: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Have ranks measure something; their figures, by rank."""
+    token = secrets.token_urlsafe(16)
+    environ = {**peer_environment(os.environ), "OMP_NUM_THREADS": "1", "RINGHOLD_HEARTBEAT_TIMEOUT": "30"}
+    with Company(token, environ) as company:
+        children = [company.start(f"rank {rank}", "benchmarks.attention_rank") for rank in range(ranks)]
+        address = company.host(["attention"], ranks)["attention"]
+        for child in children:
+            order = {"what": what, "address": address, "token": token, "transport": transport, "topology": topology}
+            child.send({**order, "given": given})
+        found: list[dict[str, Any]] = []
+        while len(found) < ranks:
+            _, message = company.hear()
+            if message["type"] == "figures":
+                found.append(message)
+    return sorted(found, key=lambda one: int(one["rank"]))
+
+
+def draw_map(given: argparse.Namespace) -> int:
+    """Times of the schemes over the heads of queries for each of keys, as shares of the one-way ring's."""
+    import torch
+
+    from collectives import topology
+    from collectives.topology import Link
+    from parallel.attention.choice import Rates, candidates, predict
+    from parallel.attention.layout import Problem
+    from parallel.attention.shares import Balance
+
+    (ranks,) = given.ranks or (8,)
+    length = given.length or 32768
+    series: dict[str, list[tuple[float, float]]] = {}
+    shares = Balance().shares(length, ranks)
+    made = {"mesh": topology.mesh, "ring": topology.ring}[given.network]
+    network, rates = made(ranks, Link(2e-5, 1e9)), Rates(flops=1e15, copied=1e13)
+    rows = []
+    for group in GROUPS:
+        problem = Problem(
+            1, 32, 32 // group, 128, torch.bfloat16, shares, shares, False, 1.0, "ring", columns=1, parts=8
+        )
+        times = {}
+        for one in candidates(replace(problem, parts=8)):
+            if one.columns in (1, 2):
+                name = one.scheme if one.columns == 1 else f"{one.scheme}, nodes of {one.columns}"
+                times[name] = predict(one, network, rates)
+        for name, time in times.items():
+            series.setdefault(name, []).append((float(group), time / times["ring"]))
+        rows.append((group, min(times, key=times.__getitem__), *(f"{t * 1e3:.1f}" for t in times.values())))
+    print(table(("heads a key head", "fastest", *series), rows))
+    if given.svg is not None:
+        title = f"Attention of {length} rows on {ranks} ranks, {given.network} of duplex links: transfers alone"
+        chart = line_chart(
+            series,
+            title,
+            "heads of queries for each head of keys (g)",
+            "time, the one-way ring's = 1",
+            log_x=True,
+            log_y=True,
+            x_ticks=[float(group) for group in GROUPS],
+        )
+        given.svg.write_text(chart)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
