@@ -125,7 +125,9 @@ class Plan:
         skip = source.randrange(_MOST_SKIPS + 1) if point in ("transfer", "reduce") else 0
         if phase in ("", "join"):
             return phase, None
-        return phase, Aim(point=point, op=op if phase == "operation" else "", skip=skip)
+        if phase != "operation" or source.random() < 0.5:
+            op = ""  # whatever comes first
+        return phase, Aim(point=point, op=op, skip=skip)
 
 
 def parse_kinds(text: str) -> tuple[Kind, ...]:
