@@ -74,9 +74,9 @@ def test_every_host_reaches_every_other_in_every_shape(topology: str) -> None:
 
 
 def test_the_side_with_the_coordinator_goes_on_and_the_other_comes_back_when_the_cable_is_healed() -> None:
-    arguments = ["--hosts", "3", "--topology", "two-sites", "--cut", "hub-hub2@0.5s..4s", "--timeout", "80", "--json"]
+    arguments = ["--hosts", "3", "--topology", "two-sites", "--cut", "hub-hub2@0.5s..7s", "--timeout", "80", "--json"]
     program = [sys.executable, "-m", "tests.launch.lab_member"]
-    done = lab(*arguments, "--", *program, RINGHOLD_HEARTBEAT_TIMEOUT="1.0")
+    done = lab(*arguments, "--", *program, RINGHOLD_HEARTBEAT_TIMEOUT="3.0")
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert said.count("host 2 | evicted") == 1
