@@ -6,10 +6,12 @@ groups are found again as parameters with the same options. A state dict of a mo
 extras. Found by `checkpoint.formats.detect`.
 """
 
+import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.dtypes import FLOATS
+from checkpoint.dtypes import FLOATS, itemsize
 from checkpoint.files import Files
 from checkpoint.formats.dcp_metadata import METADATA, Metadata
 from checkpoint.formats.gathered import Gathered
@@ -17,9 +19,10 @@ from checkpoint.language import Spec, cleaned
 from checkpoint.lazy import Lazy
 from checkpoint.source import FP32, PARAM, Entry, Group, blocks
 
-_MODEL = ("model", "app.model", "state_dict")
-_OPTIM = ("optim", "optimizer", "optimizers")
 _STATE, _GROUPS = "state", "param_groups"
+_INLINE = 1 << 16
+"""Bytes of a tensor outside of model and optimizer that becomes an extra; larger ones are left out and named."""
+_STATES = frozenset({"exp_avg", "exp_avg_sq", "step", "momentum_buffer", "square_avg", "sum", "max_exp_avg_sq"})
 
 LIFTED = ("iteration", "scheduler", "rng", "client_state")
 """What our own writer puts under `extra`."""
@@ -50,11 +53,8 @@ class _Reader:
         self.metadata = Metadata(folder, files)
         self.spec = Spec.built_in("dcp")
         self.source = Gathered("dcp", files)
-        keys = [*self.metadata.tensors, *self.metadata.objects]
-        self.model = next((p for p in _MODEL if any(key.startswith(p + ".") for key in keys)), None)
-        self.optim = next(
-            (p for p in _OPTIM if any(key.startswith((p + ".state.", p + ".param_")) for key in keys)), None
-        )
+        self.optim = _optimizer_prefix([*self.metadata.tensors, *self.metadata.objects])
+        self.model = _model_prefix(self.metadata, self.optim)
 
     def _model_name(self, key: str) -> str | None:
         """The name of a tensor of the model; None for another one."""
@@ -114,13 +114,25 @@ class _Reader:
         self.source.extras.setdefault("left_out", []).extend(left_out)
         return found
 
+    def _path(self, key: str) -> tuple[Any, ...]:
+        return self.metadata.paths.get(key) or tuple(key.split("."))
+
     def _extras(self, model: dict[str, str]) -> None:
         """Everything that is neither model nor optimizer, as nested values."""
         for key in self.metadata.objects:
             if self.optim is not None and key.startswith(self.optim + "."):
                 continue
-            path = self.metadata.paths.get(key) or tuple(key.split("."))
-            _put(self.source.extras, path, self._value(key))
+            _put(self.source.extras, self._path(key), self._value(key))
+        for key, whole in self.metadata.tensors.items():
+            if key in model or (self.optim is not None and key.startswith(self.optim + ".")):
+                continue
+            tensor = self.metadata.tensor(key)
+            if tensor.size * itemsize(whole.dtype) > _INLINE:
+                self.source.extras.setdefault("left_out", []).append(key)
+                continue
+            data = base64.b64encode(tensor.whole().tobytes()).decode()
+            value = {"dtype": whole.dtype, "shape": list(whole.shape), "base64": data}
+            _put(self.source.extras, self._path(key), value)
         extra = self.source.extras.get("extra")
         if isinstance(extra, dict):
             for ours, theirs in (*((key, key) for key in LIFTED), ("iteration", "step"), ("scheduler", "lr_sched")):
@@ -129,6 +141,35 @@ class _Reader:
         self.source.extras["tied"] = _tied(self.metadata, model, self.source)
         if not self.source.extras.get("left_out"):
             self.source.extras.pop("left_out", None)
+
+
+def _optimizer_prefix(keys: Sequence[str]) -> str | None:
+    """What is before `.state.` and `.param_groups.` in the keys of the optimizer."""
+    for key in keys:
+        before, found, after = key.partition(".state.")
+        if found and after.rpartition(".")[2] in _STATES:
+            return before
+    return next((key.partition(".param_groups.")[0] for key in keys if ".param_groups." in key), None)
+
+
+def _model_prefix(metadata: Metadata, optim: str | None) -> str | None:
+    """What is before the names in the keys of the model: of a parameter that the optimizer knows, else "model"."""
+    keys = list(metadata.tensors)
+    others = [key for key in keys if optim is None or not key.startswith(optim + ".")]
+    if optim is not None:
+        first = f"{optim}.{_STATE}."
+        names = {key.removeprefix(first).rpartition(".")[0] for key in keys if key.startswith(first)}
+        for key in others:
+            if key in names:
+                return None
+            before, _, name = key.partition(".")
+            while name:
+                if name in names:
+                    return before
+                part, _, name = name.partition(".")
+                before = f"{before}.{part}"
+    nested = [key for key in others if metadata.paths.get(key, (key,))[0] == "model"]
+    return "model" if nested or (others and all(key.startswith("model.") for key in others)) else None
 
 
 def _regrouped(rows: dict[str, dict[str, Any]], names: list[str]) -> list[Group]:

@@ -74,20 +74,28 @@ class _Reader:
                 for name, shape in row.items():
                     shapes.setdefault(name, shape_of(shape))
         folders = {path.relative_to(self.folder / "zero").as_posix(): path for path in self._folders()}
-        frozen: set[str] = set()
-        for model in self.models:
-            frozen |= set(model.value.get("frozen_param_shapes") or ())
-            for name in (*(model.value.get("buffer_names") or ()), *(model.value.get("shared_params") or ())):
-                folders.pop(
-                    name, None
-                )  # copies of the model states, cast; the model states have the tensors themselves
+        kept = self._in_model_states()
+        for name in [name for name in folders if name in kept and name not in shapes]:
+            del folders[name]  # a copy of the model states, cast to fp32; they have the tensor itself
         order = dict.fromkeys([name for name in shapes if name in folders] + sorted(folders))
         for name in order:
-            self._parameter(source, name, folders[name], shapes.get(name) if whole else None, name in frozen)
-        self._module(source, set(shapes), frozen)
+            self._parameter(
+                source, name, folders[name], shapes.get(name) if whole else None, bool(shapes) and name not in shapes
+            )
+        self._module(source, set(shapes))
         source.groups = self._groups(set(folders))
         self._extras(source)
         return source
+
+    def _in_model_states(self) -> set[str]:
+        """Names of buffers, aliases and frozen parameters that the model states hold."""
+        found: set[str] = set()
+        for model in self.models:
+            module = model.value.get("module") or {}
+            found |= {name for name, ref in module.items() if isinstance(ref, TensorRef) and 0 not in ref.shape}
+            for key in ("buffer_names", "shared_params", "frozen_param_shapes"):
+                found |= set(model.value.get(key) or ())
+        return found
 
     def _folders(self) -> list[Path]:
         return sorted(path.parent for path in (self.folder / "zero").rglob("fp32.pt"))
@@ -131,7 +139,7 @@ class _Reader:
             found = next((group.get(STEP) for group in groups if group.get(STEP) is not None), None)
         return number(self.optimizer, found) if isinstance(found, TensorRef) else found
 
-    def _module(self, source: Gathered, stepped: set[str], frozen: set[str]) -> None:
+    def _module(self, source: Gathered, stepped: set[str]) -> None:
         """Buffers, frozen parameters and 16-bit parameters of the model states, over the tensor parallel ranks."""
         first = self.models[0].value
         buffers, shared = set(first.get("buffer_names") or ()), set()

@@ -273,6 +273,30 @@ def test_flat_buckets_of_megatron(tmp_path: Path) -> None:
     source.close()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("prefixes", [("model", "optim"), ("app.net", "app.opt"), ("", "optimizer")])
+def test_dcp_under_any_prefix_and_what_is_beside(tmp_path: Path, prefixes: tuple[str, str]) -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    model, optim = prefixes
+    weights = {"_orig_mod.a.weight": torch.randn(4, 3), "b": torch.randn(2)}
+    state: dict[str, Any] = {(f"{model}." if model else "") + name: t for name, t in weights.items()}
+    state |= {f"{optim}.state.{name}.exp_avg": t * 2 for name, t in weights.items()}
+    state |= {f"{optim}.param_groups.{name}.lr": 0.5 for name in weights}
+    if model:
+        state |= {"ema.small": torch.ones(3), "ema.large": torch.ones(200, 200)}
+    save(state, storage_writer=FileSystemWriter(str(tmp_path / "dcp")), no_dist=True)
+    source = open_source(tmp_path / "dcp")
+    assert {entry.name for entry in source.entries.values()} == {"a.weight", "b"}
+    assert torch.equal(tensor(source, "a.weight|exp_avg"), weights["_orig_mod.a.weight"] * 2)
+    assert [(group.names, group.options) for group in source.groups] == [(("a.weight", "b"), {"lr": 0.5})]
+    if model:
+        assert source.extras["ema.small"]["shape"] == [3]
+        assert source.extras["left_out"] == ["ema.large"]
+    source.close()
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
