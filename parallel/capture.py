@@ -147,14 +147,23 @@ def _fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 class _Bound(nn.Module):
-    """The model and the loss as one module, so that `functional_call` can lend it other tensors."""
+    """Forward, loss and gradients as one module around the model, so that `functional_call` can lend it other tensors.
 
-    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+    They stay lent in the backward pass, in which checkpointed layers run forward once more.
+    """
+
+    def __init__(self, loss_fn: LossFunction, model: nn.Module, watch: Watch) -> None:
         super().__init__()
-        self.loss_fn, self.model = loss_fn, model
+        self.loss_fn, self.model, self.watch = loss_fn, model, watch
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss_fn(self.model, batch)
+    def forward(self, batch: Any, moved: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        with self.watch.forward(self.model):
+            loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(f"loss_fn must return a scalar that depends on the optimizer's parameters, not {what}")
+        with self.watch.backward(loss):
+            return loss, list(torch.autograd.grad(loss, moved, allow_unused=True))
 
 
 @dataclass(frozen=True)
@@ -167,21 +176,17 @@ class _Program:
     spec: pytree.TreeSpec
 
     def run(self, watch: Watch, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss, and a gradient (or None) for each tensor that requires one."""
         lent = {
             f"model.{source.name}": tensor
             for source, tensor in zip(self.sources, tensors, strict=True)
             if source.role != Role.BATCH
         }
         batch = pytree.tree_unflatten(tensors[len(lent) :], self.spec)
-        with watch.forward(self.model):
-            loss = functional_call(_Bound(self.loss_fn, self.model), lent, (batch,))
         moved = [tensor for tensor in tensors if tensor.requires_grad]
-        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UsageError(f"loss_fn must return a scalar that depends on the optimizer's parameters, not {what}")
-        with watch.backward(loss):
-            gradients = torch.autograd.grad(loss, moved, allow_unused=True)
-        return loss, list(gradients)
+        result: tuple[Tensor, list[Tensor | None]]
+        result = functional_call(_Bound(self.loss_fn, self.model, watch), lent, (batch, moved))
+        return result
 
 
 def _trace(program: _Program, fakes: FakeTensorMode) -> Captured:

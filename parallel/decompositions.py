@@ -47,6 +47,39 @@ def _var(x: Tensor, dim: list[int] | None = None, *, correction: float | None = 
     return _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
+def _std(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    return aten.sqrt.default(_var(x, dim, correction=correction, keepdim=keepdim))
+
+
+def _vector_norm(
+    x: Tensor,
+    order: float = 2,
+    dim: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The Euclidean length; other norms stay whole."""
+    if order != 2:
+        return NotImplemented
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    return aten.sqrt.default(aten.sum.dim_IntList(aten.mul.Tensor(x, x), dims, keepdim, dtype=dtype))
+
+
+def _max(x: Tensor) -> Any:
+    return aten.amax.default(x, list(range(x.dim())))
+
+
+def _min(x: Tensor) -> Any:
+    return aten.amin.default(x, list(range(x.dim())))
+
+
+def _instance_norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, train: bool, share: float, eps: float) -> Any:
+    """A batch norm that keeps no averages."""
+    zeros = x.new_zeros((x.shape[1],))
+    return _batch_norm(x, gain, bias, zeros, zeros, train, share, eps)[:3]
+
+
 def _batch_norm(
     x: Tensor,
     gain: Tensor | None,
@@ -97,6 +130,12 @@ def _square(x: Tensor, exponent: float) -> Any:
     return aten.mul.Tensor(x, x) if exponent == 2 else NotImplemented
 
 
+def _batch_norm_evaluated(
+    x: Tensor, gain: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, share: float, eps: float
+) -> Any:
+    return _batch_norm(x, gain, bias, mean, variance, False, share, eps)[:3]
+
+
 TABLE: dict[Any, Any] = {
     **get_decompositions(
         [
@@ -108,12 +147,25 @@ TABLE: dict[Any, Any] = {
             aten.mse_loss_backward,
             aten.l1_loss,
             aten.binary_cross_entropy_with_logits,
+            aten.smooth_l1_loss,
+            aten.smooth_l1_loss_backward,
+            aten.log_sigmoid_forward,
+            aten.log_sigmoid_backward,
+            aten.logsumexp,
+            aten.native_group_norm,
+            aten.native_group_norm_backward,
             aten.native_batch_norm_backward,
         ]
     ),
     aten._native_batch_norm_legit_functional.default: _batch_norm,
     aten.var_mean.correction: _var_mean,
     aten.var.correction: _var,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm_evaluated,
+    aten._native_batch_norm_legit.no_stats: _instance_norm,
+    aten.std.correction: _std,
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.max.default: _max,
+    aten.min.default: _min,
     aten.mean.dim: _mean_dim,
     aten.mean.default: _mean,
     aten.sum.default: _sum,

@@ -6,6 +6,7 @@ every matrix product is an `einsum`; pieces of tensors are `slice`, joined by `c
 are counted from the front.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from parallel.graph import Value
 from parallel.writer import SUM, Made, Writer
+
+FULL, PAD = "aten.full.default", "aten.constant_pad_nd.default"
 
 Form = Callable[..., Value | list[Value] | list[Value | None]]
 FORMS: dict[str, Form] = {}
@@ -48,6 +51,17 @@ def _view(writer: Writer, fake: Tensor, x: Value, *_how: Any) -> Value:
     return writer.view(x, fake.shape)
 
 
+@_form("as_strided.default")
+def _as_strided(
+    writer: Writer, fake: Tensor, x: Value, sizes: Sequence[int], strides: Sequence[int], offset: int | None = None
+) -> Value:
+    """A view, if it only names another shape of a whole tensor."""
+    dense = [math.prod(fake.shape[d + 1 :]) for d in range(fake.dim())]
+    if fake.numel() == x.size and list(strides) == dense and not offset:
+        return writer.view(x, fake.shape)
+    return writer.op("aten.as_strided.default", _made(fake), x, tuple(sizes), tuple(strides), offset)
+
+
 @_form("t.default")
 def _t(writer: Writer, _fake: Tensor, x: Value) -> Value:
     return writer.permute(x, range(len(x.shape))[::-1])
@@ -68,6 +82,15 @@ def _permute(writer: Writer, _fake: Tensor, x: Value, dims: Sequence[int]) -> Va
 @_form("expand.default")
 def _expand(writer: Writer, fake: Tensor, x: Value, _sizes: Any) -> Value:
     return writer.expand(writer.view(x, (1,) * (fake.dim() - len(x.shape)) + x.shape), fake.shape)
+
+
+@_form("repeat.default")
+def _repeat(writer: Writer, fake: Tensor, x: Value, times: Sequence[int]) -> Value:
+    """Each dimension with one in front of it that counts the repetitions."""
+    sizes = (1,) * (len(times) - len(x.shape)) + x.shape
+    pairs = [extent for time, size in zip(times, sizes, strict=True) for extent in (time, size)]
+    apart = writer.view(x, [extent for size in sizes for extent in (1, size)])
+    return writer.view(writer.expand(apart, pairs), fake.shape)
 
 
 @_form("mm.default")
@@ -118,7 +141,7 @@ def _padded(writer: Writer, fake: Tensor, x: Value, dim: int, start: int) -> Val
     padding = [0] * (2 * fake.dim())
     padding[2 * (fake.dim() - 1 - dim)] = start
     padding[2 * (fake.dim() - 1 - dim) + 1] = fake.shape[dim] - start - x.shape[dim]
-    return writer.op("aten.constant_pad_nd.default", _made(fake), x, tuple(padding))
+    return writer.op(PAD, _made(fake), x, tuple(padding))
 
 
 @_form("slice_backward.default")
@@ -126,9 +149,14 @@ def _slice_backward(
     writer: Writer, fake: Tensor, x: Value, sizes: tuple[int, ...], dim: int, start: int, stop: int, step: int
 ) -> Value:
     dim %= fake.dim()
-    if step != 1:  # rare; zeros between would have to be written
-        return writer.op("aten.slice_backward.default", _made(fake), x, sizes, dim, start, stop, step)
-    return _padded(writer, fake, x, dim, slice(start, stop).indices(fake.shape[dim])[0])
+    start = slice(start, stop).indices(fake.shape[dim])[0]
+    if step != 1:  # step - 1 zeros behind each element
+        front, count, back = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
+        apart = writer.view(x, (*front, count, 1, *back))
+        padding = (0, 0) * len(back) + (0, step - 1)
+        spread = writer.op(PAD, ((*front, count, step, *back), x.dtype), apart, padding)
+        x = writer.slice(writer.view(spread, (*front, count * step, *back)), dim, 0, fake.shape[dim] - start)
+    return _padded(writer, fake, x, dim, start)
 
 
 @_form("select_backward.default")
@@ -138,7 +166,7 @@ def _select_backward(writer: Writer, fake: Tensor, x: Value, _sizes: tuple[int, 
     return _padded(writer, fake, row, dim, index % fake.shape[dim])
 
 
-@_form("split.Tensor", "split_with_sizes.default")
+@_form("split.Tensor", "unsafe_split.Tensor", "split_with_sizes.default")
 def _split(writer: Writer, fakes: Sequence[Tensor], x: Value, _how: Any, dim: int = 0) -> list[Value]:
     pieces, at = [], 0
     for fake in fakes:
@@ -174,8 +202,7 @@ def _filled(value: float) -> Callable[..., Value]:
     return fill
 
 
-FULL = "aten.full.default"
-_form("zeros.default", "zeros_like.default", "new_zeros.default")(_filled(0))
+_form("zeros.default", "zeros_like.default", "new_zeros.default", "empty_like.default", "new_empty.default")(_filled(0))
 _form("ones.default", "ones_like.default", "new_ones.default")(_filled(1))
 
 

@@ -81,6 +81,58 @@ def _scatter(node: Node, parts: int) -> Iterator[Signature]:
         yield from linear(node, "p.p")
 
 
+def _indexed(node: Node) -> int | None:
+    """The one dimension that an index list goes along; None if there are several indices, or one of truth values."""
+    indices = node.args[1]
+    assert isinstance(indices, tuple)
+    given = [dim for dim, index in enumerate(indices) if index is not None]
+    return given[0] if len(given) == 1 and node.inputs[1].dtype != torch.bool else None
+
+
+def _index(node: Node, parts: int) -> Iterator[Signature]:
+    """`x[:, index]`: what is not indexed, and the index itself, whose dimensions take the place of the indexed one."""
+    along = _indexed(node)
+    if along is None:
+        return
+    source, index = node.inputs
+    wider = len(index.shape) - 1
+    for dim in splittable(source, parts):
+        if dim != along:
+            yield moved(node, [dim, None], [dim if dim < along else dim + wider])
+    for dim in splittable(index, parts):
+        yield moved(node, [None, dim], [along + dim])
+    yield from linear(node, "p.")
+
+
+def _index_put(node: Node, parts: int) -> Iterator[Signature]:
+    """`x[:, index] += values`: as above; if the index is split, each rank adds its own terms."""
+    along = _indexed(node)
+    if along is None:
+        return
+    into, index, values = node.inputs
+    wider = len(index.shape) - 1
+    if len(values.shape) != len(into.shape) + wider:  # broadcast values
+        return
+    for dim in splittable(into, parts):
+        if dim != along:
+            yield moved(node, [dim, None, dim if dim < along else dim + wider], [dim])
+    if len(node.args) > 3 and node.args[3]:
+        for dim in splittable(index, parts):
+            yield moved(node, [P, dim, along + dim], [P])
+        yield from linear(node, "p.p")
+
+
+def _index_add(node: Node, parts: int) -> Iterator[Signature]:
+    along = _along(node)
+    into, index, _ = node.inputs
+    for dim in splittable(into, parts):
+        if dim != along:
+            yield moved(node, [dim, None, dim], [dim])
+    if may_split(index.size, parts):
+        yield moved(node, [P, 0, along], [P])
+    yield from linear(node, "p.p")
+
+
 def _index_select(node: Node, parts: int) -> Iterator[Signature]:
     source, index = node.inputs
     along = _along(node)
@@ -176,3 +228,6 @@ enter("indexing", ["embedding_dense_backward.default"], _embedding_backward, _gr
 enter("indexing", ["gather.default"], _gather, _gathered)
 enter("indexing", ["index_select.default"], _index_select, _gathered)
 enter("indexing", ["scatter.value", "scatter.src", "scatter_add.default"], _scatter, _scattered)
+enter("indexing", ["index.Tensor"], _index)
+enter("indexing", ["index_put.default"], _index_put)
+enter("indexing", ["index_add.default"], _index_add)

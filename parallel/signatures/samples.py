@@ -243,6 +243,8 @@ def views() -> Iterator[Call]:
     yield call("cat.default", [f(2, 4), f(1, 4), f(2, 4)], 0)
     yield call("constant_pad_nd.default", f(5, 4), (1, 0))
     yield call("constant_pad_nd.default", f(5, 4, 3), (0, 0, 1, 1), 0.5)
+    yield call("roll.default", f(5, 4), (1,), (1,))
+    yield call("roll.default", f(5, 4), (1,))
     yield call("tril.default", f(3, 4, 5))
     yield call("triu.default", f(4, 4, 4), 1)
 
@@ -260,6 +262,13 @@ def indexing() -> Iterator[Call]:
     yield call("embedding.default", f(6, 4), ids(6, 5), 3)
     yield call("embedding_dense_backward.default", f(5, 4), ids(6, 5), 6, 3, False)
     yield call("index_select.default", f(4, 5, 3), 1, ids(5, 7))
+    yield call("index.Tensor", f(5, 4, 3), [None, ids(4, 5, 6)])
+    yield call("index.Tensor", f(5, 4), [ids(5, 7)])
+    yield call("index.Tensor", f(5, 4), [ids(5, 4), ids(4, 4)])
+    yield call("index_put.default", f(5, 4, 3), [None, ids(4, 4)], f(5, 4, 3), True)
+    yield call("index_put.default", f(5, 4), [ids(5, 1)], f(1, 4))
+    yield call("index_put.default", f(6, 4), [ids(6, 5, 3)], f(5, 3, 4), True)
+    yield call("index_add.default", f(5, 4, 3), 1, ids(4, 6), f(5, 6, 3))
     yield call("scatter.src", f(4, 5), 1, ids(5, 4, 1), f(4, 1))
     yield call("gather.default", f(4, 1, 3), 1, ids(1, 4, 4, 3))
 

@@ -6,6 +6,8 @@ table that does not hold is *unsound*. One that holds in all trials and is not i
 could use it and does not.
 """
 
+import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -24,7 +26,8 @@ from parallel.signatures.table import PARTIALS, PMAX, PMIN, TABLE, B, P, Run, ma
 TRIALS = 2
 """Ways of writing partial values that a signature must stand."""
 MOST = 4000
-"""Of a call with more ways than this to place its inputs, extremes are left out of the search for missing ones."""
+"""Of a call with more ways than this to place its inputs, extremes are left out of the search for missing signatures,
+and where there are still more, so many are drawn."""
 
 
 @dataclass
@@ -113,14 +116,19 @@ def missing(call: Call, world: int) -> Iterator[Signature]:
 
 def _holding(call: Call, world: int) -> Iterator[Signature]:
     """All signatures that hold, the unhelpful ones too."""
-    extremes = product(*(list(_choices(value, world, PARTIALS)) for value in call.node.inputs))
-    few = product(*(list(_choices(value, world, (P,))) for value in call.node.inputs))
-    ways = 1
-    for value in call.node.inputs:
-        ways *= len(value.shape) + 1 + len(PARTIALS)
-    for inputs in extremes if ways <= MOST else few:
+    for inputs in _placements(call, world):
         for outputs in _outputs(call, inputs, world):
             yield Signature(inputs, outputs)
+
+
+def _placements(call: Call, world: int) -> Iterable[tuple[Placement, ...]]:
+    """Ways to place the inputs: all of them, or as many as `MOST` says."""
+    for partials in (PARTIALS, (P,)):
+        choices = [list(_choices(value, world, partials)) for value in call.node.inputs]
+        if math.prod(map(len, choices)) <= MOST:
+            return product(*choices)
+    chance = random.Random(0)
+    return {tuple(map(chance.choice, choices)) for _ in range(MOST)}
 
 
 def _choices(value: Value, world: int, partials: Sequence[Partial]) -> Iterator[Placement]:

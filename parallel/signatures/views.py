@@ -84,6 +84,15 @@ def _pad(node: Node, parts: int) -> Iterator[Signature]:
         yield next(_passing(node))
 
 
+def _roll(node: Node, parts: int) -> Iterator[Signature]:
+    rank = len(node.inputs[0].shape)
+    dims = node.args[2] if len(node.args) > 2 else ()
+    assert isinstance(dims, tuple)
+    rolled = {dim % rank for dim in dims if isinstance(dim, int)} or set(range(rank))
+    yield from in_step(node, parts, (dim for dim in range(rank) if dim not in rolled))
+    yield from _passing(node)
+
+
 def _triangle(node: Node, parts: int) -> Iterator[Signature]:
     yield from in_step(node, parts, range(len(node.inputs[0].shape) - 2))
     yield next(_passing(node))
@@ -95,3 +104,4 @@ enter("views", ["expand.default"], _expand, sized(1))
 enter("views", ["slice.Tensor", "cat.default"], _along)
 enter("views", ["constant_pad_nd.default"], _pad)
 enter("views", ["tril.default", "triu.default"], _triangle)
+enter("views", ["roll.default"], _roll)
