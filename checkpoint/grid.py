@@ -126,5 +126,7 @@ class Grid:
 
 def _edges(extent: int, cut: Cut) -> tuple[int, ...]:
     parts, pieces = cut
+    if parts == pieces == 1:
+        return 0, extent  # most dimensions of the many small tensors of a state
     inner = (first + start for first, last in split(extent, parts) for start, _ in split(last - first, pieces))
     return (*inner, extent)
