@@ -6,9 +6,10 @@ under `extra`. Weights are the most exact copy there is (the fp32 master before 
 to one copy. Called by `checkpoint.convert`.
 
 `layout`: `dp=4` cuts tensors along dimension 0 into the parts that 4 ranks of FSDP2 ask for, each rank's in files of
-its own. A job of any other size loads them too.
+its own; other axes count as more ranks. A job of any other size loads them too.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from checkpoint.formats.output import Output
 from checkpoint.formats.read_dcp import LIFTED
 from checkpoint.source import WEIGHTS, Entry, Source, states_by_name, weight_key
 from checkpoint.torch_file import saved_box
-from collectives.errors import UsageError
 from collectives.region import Region
 
 _FILES = 4
@@ -34,13 +34,8 @@ _ADAM_DEFAULTS = {
 
 
 def write(source: Source, folder: Path, options: WriteOptions, progress: Callable[[int], None]) -> None:
-    """Write all of a source into an empty folder.
-
-    Raises:
-        UsageError: the layout names another axis than `dp`.
-
-    """
-    ranks = _ranks(options.layout)
+    """Write all of a source into an empty folder."""
+    ranks = math.prod(options.layout.values())
     aliases = {other: owner for owner, *others in source.extras.get("tied", ()) for other in others}
     tensors = dict(_tensors(source, aliases))
     values = dict(_values(source))
@@ -59,15 +54,6 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
     paths = {_key(path): path for path in (*tensors, *values, *(("model", alias) for alias in aliases))}
     wholes = {_key(path): Whole(entry.dtype, entry.shape) for path, entry in tensors.items()}
     (folder / ".metadata").write_bytes(metadata(wholes, places, paths, other))
-
-
-def _ranks(layout: Mapping[str, int]) -> int:
-    if strangers := sorted(set(layout) - {"dp"}):
-        raise UsageError(
-            f"a DCP folder is read by ranges, whatever the parallelism of the job: its layout is dp=N, the number of "
-            f"ranks to cut files for, not {', '.join(strangers)}"
-        )
-    return layout.get("dp", 1)
 
 
 def _key(path: StatePath) -> str:

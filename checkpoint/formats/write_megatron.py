@@ -93,8 +93,8 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
 
 
 def _sizes(layout: Mapping[str, int]) -> dict[str, int]:
-    if strangers := sorted(set(layout) - set(_AXES) - {"dp"}):
-        raise UsageError(f"a layout of Megatron has the axes tp, pp, ep (and dp), not {', '.join(strangers)}")
+    if strangers := sorted(set(layout) - set(_AXES) - {"dp", "cp"}):
+        raise UsageError(f"a layout of Megatron has the axes tp, pp, ep (and dp, cp), not {', '.join(strangers)}")
     return {axis: layout.get(axis, 1) for axis in _AXES}
 
 

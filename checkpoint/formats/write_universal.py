@@ -1,5 +1,7 @@
 """Writes a universal checkpoint folder of DeepSpeed, without torch or DeepSpeed, for a job with `load_universal`.
 
+Tensors are whole, for a job of any parallelism, so that there is nothing to choose by a layout.
+
 One folder serves every stage of ZeRO: tensors are atoms of stages 1 and 2 (dicts with `param`), which stage 3 reads
 too, and the model states are there under the names that both look for. What DeepSpeed's own `ds_to_universal` loses is
 kept:
@@ -41,13 +43,9 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
     """Write all of a source into an empty folder.
 
     Raises:
-        UsageError: a layout is given; or a name cannot be a folder.
+        UsageError: there is no state of an optimizer, or a name cannot be a folder.
 
     """
-    if options.layout:
-        raise UsageError(
-            "a universal checkpoint of DeepSpeed holds whole tensors for a job of any parallelism; leave --layout out"
-        )
     if all(entry.state in WEIGHTS for entry in source.entries.values()):
         raise UsageError(
             "a universal checkpoint of DeepSpeed is for going on with training, and the source has no state of an "
@@ -100,11 +98,13 @@ def _silent(_nbytes: int) -> None:
 def _model_states(source: Source, step: int, progress: Callable[[int], None], parameters: bool) -> dict[str, Any]:
     """What `mp_rank_00_model_states.pt` holds; `parameters`: with those that the optimizer has as masters too."""
     shapes = {entry.name: entry.shape for entry in source.entries.values() if entry.state in WEIGHTS}
+    masters = {entry.name: entry.dtype for entry in source.entries.values() if entry.state == FP32}
     stepped = _stepped(source)
     kept = [
         entry
         for entry in source.entries.values()
-        if (entry.state in WEIGHTS and entry.name not in stepped) or (entry.state == PARAM and parameters)
+        if (entry.name not in stepped and entry.state in WEIGHTS)
+        or (parameters and entry.state == PARAM and entry.dtype != masters.get(entry.name))
     ]
     frozen = {entry.name: entry for entry in kept if entry.state == FROZEN}
     names = [list(group.names) for group in source.groups] or [sorted(stepped)]
