@@ -12,7 +12,7 @@ from torch import Tensor
 
 from collectives.algorithms.sequence import Attend, Copy, Merge, Pack, Task, Unpack
 from parallel.attention.layout import Field, Heads, Layout, Segment, fields, heads_of
-from parallel.attention.local import attend, gradients, partial_dtype
+from parallel.attention.local import attend, gradients
 from parallel.attention.merge import merge
 from parallel.attention.shares import Tile, tiles
 
@@ -42,22 +42,19 @@ class Binder:
             kv: (k, v), (B, Hkv, rows, D).
 
         """
-        held = self.layout.schedule.held(self.rank)
-        keys = self.layout.held[self.rank]
-        spans = [(key, *self._rows(key)) for key in keys]
-        line = torch.empty(sum(stop - start for start, stop in held), dtype=torch.uint8)
-        at = 0
-        for key, side, heads, start, stop in spans:
+        batch, at = self.layout.problem.batch, 0
+        line = torch.empty(sum(stop - start for start, stop in self.layout.schedule.held(self.rank)), dtype=torch.uint8)
+        for key in self.layout.held[self.rank]:
+            side, heads, start, stop = self._rows(key)
             known = self._fields(side, heads)
-            size = _size(known, self.layout.problem.batch, stop - start)
+            size = _size(known, batch, stop - start)
             given = _sliced(q if side == "q" else kv, heads.q if side == "q" else heads.kv, start, stop)
-            _put(line[at : at + size], known, self.layout.problem.batch, stop - start, _stacked(given, known))
+            _put(line[at : at + size], known, batch, stop - start, _stacked(given, known))
             at += size
-            del key
         return line
 
     def results(self, line: Tensor, q: Sequence[Tensor], kv: Sequence[Tensor]) -> None:
-        """Add what came of it to tensors of `partial_dtype` that are zero (an lse: replaced).
+        """Add what came of it to tensors of `partial_dtype` that are zero.
 
         Args:
             line: the bytes that this rank wanted.
@@ -251,25 +248,17 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class _Opened:
-    """A region that is written: views of its tensors, or where it lies askew, copies that `close` writes back."""
+    """A region that is written: views of its tensors, or where these lie askew, copies that `close` writes back."""
 
     def __init__(self, line: Tensor, known: tuple[Field, ...], batch: int, rows: int) -> None:
-        self._line, self._copy = line, line
-        if line.numel() and line.data_ptr() % 8:
-            self._copy = line.clone()
-        self.tensors = _views(self._copy, known, batch, rows)
-        self._askew = any(
-            tensor.numel() and tensor.untyped_storage().data_ptr() != self._copy.untyped_storage().data_ptr()
-            for tensor in self.tensors
-        )
-        self._fields = known, batch, rows
+        self._line, self._form = line, (known, batch, rows)
+        self.tensors = _views(line, known, batch, rows)
 
     def close(self) -> None:
         """Write back what is not there yet."""
-        if self._askew:
-            _put(self._copy, *self._fields, self.tensors)
-        if self._copy is not self._line:
-            self._line.copy_(self._copy)
+        memory = self._line.untyped_storage().data_ptr()
+        if any(tensor.numel() and tensor.untyped_storage().data_ptr() != memory for tensor in self.tensors):
+            _put(self._line, *self._form, self.tensors)
 
 
 def _views(line: Tensor, known: tuple[Field, ...], batch: int, rows: int) -> list[Tensor]:
@@ -320,6 +309,3 @@ def _flattened(found: Sequence[Tensor]) -> list[Tensor]:
 
 def _copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
-
-
-__all__ = ["Binder", "partial_dtype"]
