@@ -1,6 +1,6 @@
 """A planned step, run on the ranks of a communicator: `ringhold plan` says what, this does it.
 
-    executor = Executor(plan, comm)
+    executor = Executor(plan, comm)           # or execute(plan, comm, inputs), once, from whole tensors
     results = executor.run(shards)            # this rank's part of every input, by the user's names
     loss = results[Role.LOSS, "loss"]
 
@@ -47,6 +47,21 @@ def shards_of(plan: Plan, tensors: Mapping[str, Tensor], rank: int) -> dict[str,
     """A rank's part of whole tensors, by the names of the plan's inputs; names that are none are left out."""
     layouts = plan.layouts
     return {name: shard_of(tensor, layouts[name], rank) for name, tensor in tensors.items() if name in layouts}
+
+
+def execute(plan: Plan, comm: Communicator, inputs: Mapping[str, Tensor]) -> Results:
+    """Run a planned step once from whole tensors, which every rank has; see `Executor`, which runs it again and again.
+
+    Args:
+        plan: on a mesh of the communicator's ranks.
+        comm: every member calls it.
+        inputs: every input of the step but constants, by the user's names.
+
+    Returns:
+        This rank's part of each output, in the placements `plan.ends`, by role and name.
+
+    """
+    return Executor(plan, comm).run(shards_of(plan, inputs, comm.rank))
 
 
 class _Action(Protocol):

@@ -5,7 +5,7 @@ import torch
 
 from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
-from parallel.execute import Executor, shards_of
+from parallel.execute import Executor, execute
 from tests.harness.residents import Residents
 from tests.parallel import execute_programs as programs
 from tests.parallel.pretend import together
@@ -27,7 +27,7 @@ def test_any_plan_gives_the_numbers_of_one_process(grid: list[int], seed: int) -
 @pytest.mark.parametrize(("grid", "seed"), CASES[:5])
 def test_the_bytes_are_those_of_the_plan(grid: list[int], seed: int) -> None:
     plan, inputs = programs.drawn(grid, seed), gpt(torch.float64)[1]
-    _, moved = together(plan.mesh.size, lambda comm: Executor(plan, comm).run(shards_of(plan, inputs, comm.rank)))
+    _, moved = together(plan.mesh.size, lambda comm: execute(plan, comm, inputs))
     assert moved == sum(reshard.nbytes for reshard in plan.reshards) > 0
 
 
@@ -37,6 +37,7 @@ def test_fp32_differs_by_rounding_only() -> None:
         assert 0 < error <= 2e-4, of
 
 
+@pytest.mark.timeout(240)
 def test_processes_send_what_was_planned() -> None:
     with Residents(2, transport="sockets") as group:
         group.start(programs.step_of_processes, grid=[2], seed=2)

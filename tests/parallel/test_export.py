@@ -10,9 +10,11 @@ import torch
 from checkpoint import load, save
 from collectives.communicator import Communicator
 from collectives.errors import CorruptFile, Unsupported, UsageError
+from parallel import planner
 from parallel.export import describe, device_mesh, dtensor_placements, load_layouts, megatron_flags, save_layouts
 from parallel.graph import Role
 from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Placement, Split
+from parallel.models.examples import example
 from parallel.plan import Plan
 from parallel.signatures import signatures
 from tests.harness.residents import Residents
@@ -39,6 +41,7 @@ def follow(start: dict[Role, Placement]) -> Plan:
     return Plan(mesh, graph, tuple(starts), tuple(nodes), ends)
 
 
+@pytest.mark.timeout(240)
 def test_torch_cuts_as_the_layout_does(tmp_path: Path) -> None:
     with Residents(4, transport="sockets") as group:
         group.start(export_programs.distribute, store=str(tmp_path / "store"))
@@ -99,6 +102,15 @@ def test_megatron_knows_data_parallelism_and_its_shardings() -> None:
     assert megatron_flags(replace(plan, starts=split)) == ("--use-distributed-optimizer",)
     split = tuple((S0,) if source.value.shape else (B,) for source in plan.graph.inputs)
     assert "--use-torch-fsdp2" in megatron_flags(replace(plan, starts=split))
+
+
+@pytest.mark.parametrize(
+    ("batch", "hidden", "flags"), [(128, 1024, ("--tensor-model-parallel-size", "4")), (1024, 128, ())]
+)
+def test_the_planner_finds_what_megatron_does(batch: int, hidden: int, flags: tuple[str, ...]) -> None:
+    """Two layers: column-row where weights are larger than activations, else data parallel, however it updates."""
+    found = megatron_flags(planner.plan(example("mlp", batch=batch, hidden=hidden).capture(), Mesh.of(x=4)))
+    assert found == flags or (not flags and found[0] in {"--use-distributed-optimizer", "--use-torch-fsdp2"})
 
 
 def test_what_megatron_does_not_know_is_refused() -> None:

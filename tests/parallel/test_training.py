@@ -1,9 +1,12 @@
 """Training by plan in real processes, one of which is killed between two steps: the numbers of one process."""
 
+import pytest
+
 from tests.harness.cluster import Cluster
 from tests.parallel import training_programs as programs
 
 
+@pytest.mark.timeout(400)
 def test_a_death_changes_no_number() -> None:
     with Cluster(transport="sockets", founders=3, heartbeat_timeout=60.0, join_timeout=300.0) as cluster:
         peers = cluster.peers(programs.train, 3)
