@@ -90,7 +90,19 @@ class RunRecord:
 
 
 class RunLog:
-    """OUT/run.jsonl: one JSON object a line, written as it happens."""
+    """OUT/run.jsonl of `train`, `demo` and `churn`: one JSON object a line, written as it happens.
+
+    Every line has `time` (seconds since 1970), `source` and `type`. Sources are "supervisor", "coordinator" and peers,
+    "peer-3", or "peer-3.1" for the second process of a slot. Types, with what else the line has:
+
+    - supervisor: `run` (first; command, seed, replay: the words that run it again), `started` (peer, pid, spare),
+      `fault` (fault: its number, what, peer; step in a training run, aim in churn), `woken` (peer), `rate` (churn: each
+      second, operations finished and members at work), `signal`, `timeout`, `verdict` (churn, last; passed, report);
+    - peers: `joined` (member, epoch), `event` (of the membership: event is fenced, epoch with members, lost and joined,
+      ready, recovered, evicted or left), `evicted`, `left`, `exit` or `gone` (code), `error` or `failed`;
+      training: `progress` (step, loss), `eval`, `done`; churn: `synced` (member, givers, healed), `saved`, `held`,
+      `flipped`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)

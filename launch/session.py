@@ -6,6 +6,7 @@ and meets the supervisors of the others in `launch.rendezvous`, where rank 0 jud
 
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from launch import attach, console, display
 from launch.config import JobConfig
 from launch.environment import Launcher, peer_environment
 from launch.faults import Planned
-from launch.record import Entry, RunLog, RunRecord
+from launch.record import Entry, RunLog, RunRecord, entry
 from launch.rendezvous import Rendezvous
 from launch.supervisor import Spec, Supervisor
 
@@ -179,6 +180,8 @@ def _supervise(
                 on_listening(entry["address"])
 
         try:
+            words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            observe(entry("supervisor", "run", command="train", seed=request.config.seed, replay=shlex.join(words)))
             return Supervisor(spec, observe).run()
         finally:
             log.close()
