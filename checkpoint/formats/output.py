@@ -70,6 +70,12 @@ class Output:
 
 
 def at_once(action: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Do something with every item, in a few threads; results come in the order of the items."""
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
+    """Do something with every item, in a few threads; results come in the order of the items.
+
+    After an exception, what has not begun is not done.
+    """
+    pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1)
+    try:
         yield from pool.map(action, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
