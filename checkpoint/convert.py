@@ -6,11 +6,13 @@ where it stopped, if source and options are the same. Called by `ringhold ckpt c
 Memory: a few blocks (`source.BLOCK_BYTES`) a thread and the names of the tensors, whatever the size of the checkpoint.
 """
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -245,19 +247,23 @@ def _staged(
     """Write into a folder beside the target, flush it, and rename it."""
     staging = target.absolute().parent / f".{target.name}.ringhold-partial"
     try:
-        resumed = _prepare(staging, identity)
-        _check_room(staging, report.nbytes if not resumed else 0)
-        journal = Journal(staging, identity)
-        if not journal.resume():
-            journal.save()
-        files.prove(all_of_it=resumed)
-        _writer(report.to)(source, staging, replace(options, journal=journal), tell)
-        files.proven()
-        (staging / JOURNAL).unlink()
-        result = _result(staging, report.to)
-        flush(result)
-        os.rename(result, target)  # noqa: PTH104
-        _sync(target.absolute().parent)
+        with _held(staging):
+            resumed = _prepare(staging, identity)
+            _check_room(staging, report.nbytes if not resumed else 0)
+            journal = Journal(staging, identity)
+            if not journal.resume():
+                journal.save()
+            files.prove(all_of_it=resumed)
+            _writer(report.to)(source, staging, replace(options, journal=journal), tell)
+            files.proven()
+            (staging / JOURNAL).unlink()
+            result = _result(staging, report.to)
+            flush(result)
+            _check_free(target)
+            os.rename(result, target)  # noqa: PTH104
+            _sync(target.absolute().parent)
+    except _Held:
+        raise UsageError(f"another conversion to {target} is at work; wait for it, or stop it") from None
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         reason = error.strerror or str(error)
@@ -269,13 +275,34 @@ def _staged(
     return replace(report, resumed=resumed)
 
 
+class _Held(Exception):
+    """The staging folder is another process's."""
+
+
+@contextmanager
+def _held(staging: Path) -> Iterator[None]:
+    """Hold the staging folder, made if it is not there, as long as this process lives."""
+    staging.mkdir(exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _Held from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _prepare(staging: Path, identity: str) -> bool:
-    """Make the staging folder empty, unless it holds an earlier part of the same conversion."""
-    if staging.exists():
-        if Journal(staging, identity).resume():
-            return True
-        shutil.rmtree(staging)
-    staging.mkdir()
+    """Empty the staging folder, unless it holds an earlier part of the same conversion."""
+    if Journal(staging, identity).resume():
+        return True
+    for item in staging.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
     return False
 
 

@@ -330,6 +330,21 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert resumed[:at] + whole[at : at + 8] + resumed[at + 8 :] == whole
 
 
+def test_two_conversions_to_one_place(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, which it does not disturb."""
+    refused: list[str] = []
+
+    def first_block(_nbytes: int) -> None:
+        if not refused:
+            with pytest.raises(UsageError, match=r"another conversion to .* is at work") as error:
+                convert(unpacked("fsdp") / "dp2" / "dcp", tmp_path / "out", to="plain")
+            refused.append(str(error.value))
+
+    convert(z1() / "ckpt", tmp_path / "out", to="plain", progress=lambda _: first_block)
+    assert len(refused) == 1
+    assert safetensors(tmp_path / "out")["wte.weight|fp32"] == truth()["wte.weight|fp32"]
+
+
 def test_parts_of_another_conversion_are_not_used(tmp_path: Path) -> None:
     staging = tmp_path / ".out.ringhold-partial"
     staging.mkdir()
