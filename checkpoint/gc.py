@@ -54,7 +54,7 @@ def gc(store: Store, keep_last: int | None = None, keep_every: int | None = None
 
 def _sweep(store: Store, keep_last: int | None, keep_every: int | None, dry_run: bool) -> GcReport:
     # In this order: a save takes its lease before its first pack, and drops it after its manifest is there.
-    packs = store.packs()
+    packs, drafts = store.packs(), store.drafts()
     found = leases.read_all(store.storage)
     steps = store.steps()
     alive = [lease for lease in found.values() if lease.kind == "save" and lease.alive]
@@ -70,6 +70,8 @@ def _sweep(store: Store, keep_last: int | None, keep_every: int | None, dry_run:
             store.storage.remove(step_name(step))
         for pack in gone:
             store.storage.remove(pack_name(pack))
+        for draft in () if alive else drafts:
+            store.storage.remove(draft)
         for name, lease in found.items():
             if not lease.alive:
                 store.storage.remove(f"{leases.FOLDER}/{name}")

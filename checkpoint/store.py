@@ -19,6 +19,7 @@ from checkpoint.storage import Storage, open_storage
 from collectives.errors import NoCheckpoint, StorageFailed, UsageError
 
 STEPS, PACKS = "steps", "packs"
+_PACK = re.compile(r"[0-9]{9,18}-[0-9a-f]+-[0-9]+(r[0-9]+)?\.pack", re.ASCII)
 _STEP = re.compile(r"([0-9]{9,18})\.json", re.ASCII)
 
 
@@ -90,8 +91,12 @@ class Store:
         self.storage.publish(step_name(manifest.step), manifest.encode())
 
     def packs(self) -> list[str]:
-        """Names of the pack files that are there."""
-        return [name for name in self.storage.names(PACKS) if name.endswith(".pack")]
+        """Names of the pack files that are there; what has another name was not written by a save."""
+        return [name for name in self.storage.names(PACKS) if _PACK.fullmatch(name)]
+
+    def drafts(self) -> list[str]:
+        """Files of manifests that are being written, or were when their writer died."""
+        return [f"{STEPS}/{name}" for name in self.storage.names(STEPS) if name.startswith(".")]
 
 
 def step_name(step: int) -> str:

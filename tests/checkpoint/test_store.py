@@ -150,6 +150,21 @@ def test_a_save_beside_a_gc_shares_nothing(tmp_path: Path) -> None:
     assert report.written.raw == report.nbytes
 
 
+def test_gc_takes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, state_at(0), step=0)
+    left = ["steps/.000000009.json.1.2", "packs/000000009-0123456789ab-3r1.pack", "saves/000000009-0123456789ab-3.json"]
+    others = ["packs/mine.pack", "packs/notes.txt", "steps/readme.md"]
+    for name in (*left, *others):
+        (tmp_path / name).write_bytes(b"x")
+    dead = msgspec.structs.replace(leases.Lease.mine("save", "000000009-0123456789ab"), born="0")
+    (tmp_path / left[2]).write_bytes(msgspec.json.encode(dead))
+    with Store(tmp_path) as store:
+        assert gc(store).packs == (left[1].removeprefix("packs/"),)
+    assert not any((tmp_path / name).exists() for name in left)
+    assert all((tmp_path / name).exists() for name in others)
+    check(str(tmp_path), 0)
+
+
 def test_gc_removes_nothing_if_a_manifest_that_is_kept_cannot_be_read(tmp_path: Path) -> None:
     for step in range(3):
         save(tmp_path, state_at(step), step=step)
