@@ -106,6 +106,7 @@ class _Reader:
         if rows and all(owner.isdecimal() and "params" in row for owner, row in rows.items()):
             ordered = [row for _, row in sorted(rows.items(), key=lambda item: int(item[0]))]
             return [Group(tuple(cleaned(self.spec, str(n)) for n in row.pop("params")), row) for row in ordered]
+        self.source.extras["flattened"] = bool(rows)
         return _regrouped({cleaned(self.spec, owner): row for owner, row in rows.items()}, names)
 
     def _value(self, key: str) -> Any:

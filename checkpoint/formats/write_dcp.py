@@ -3,7 +3,8 @@
 Keys are those of `{"model": ..., "optim": ...}` as `get_state_dict` of `torch.distributed.checkpoint.state_dict` names
 them: `model.NAME`, `optim.state.NAME.exp_avg`, `optim.param_groups.0.lr`; what else the source has of JSON values is
 under `extra`. Weights are the most exact copy there is (the fp32 master before the 16-bit parameter). Tied names point
-to one copy. Called by `checkpoint.convert`.
+to one copy. A source that was saved with `flatten_optimizer_state_dict` is written so again. Called by
+`checkpoint.convert`.
 
 `layout`: `dp=4` cuts tensors along dimension 0 into the parts that 4 ranks of FSDP2 ask for, each rank's in files of
 its own; other axes count as more ranks. A job of any other size loads them too.
@@ -73,22 +74,30 @@ def _tensors(source: Source, aliases: Mapping[str, str]) -> Iterator[tuple[State
             yield ("model", name), source.entries[weight]
         for state, entry in states.items():
             if state not in WEIGHTS:
-                yield ("optim", "state", name, state), entry
+                yield _flat(source, ("optim", "state", name, state)), entry
 
 
 def _values(source: Source) -> Iterator[tuple[StatePath, Any]]:
     """All that is no tensor, by its path."""
+    flattened = bool(source.extras.get("flattened"))
     for number, group in enumerate(source.groups):
         options = {key: tuple(value) if key == "betas" else value for key, value in group.options.items()}
         for key, value in ((_ADAM_DEFAULTS if "betas" in options else {}) | options).items():
-            yield ("optim", "param_groups", number, key), value
-        yield ("optim", "param_groups", number, "params"), list(group.names)
+            for owner in group.names if flattened else (number,):
+                yield _flat(source, ("optim", "param_groups", owner, key)), value
+        if not flattened:
+            yield ("optim", "param_groups", number, "params"), list(group.names)
     own = source.extras.get("extra")
     kept = dict(own) if isinstance(own, dict) else {}
     # What a DCP folder called its iteration and scheduler is there under that name already.
     known = [kept.get("step"), kept.get("lr_sched")]
     kept |= {key: source.extras[key] for key in LIFTED if key in source.extras and source.extras[key] not in known}
     yield from _leaves(("extra",), kept)
+
+
+def _flat(source: Source, path: StatePath) -> StatePath:
+    """A path within `optim`, in one word if the source was saved with `flatten_optimizer_state_dict`."""
+    return (path[0], _key(path[1:])) if source.extras.get("flattened") else path
 
 
 def _leaves(path: StatePath, value: Any) -> Iterator[tuple[StatePath, Any]]:

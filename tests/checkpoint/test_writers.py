@@ -90,6 +90,16 @@ def test_dcp_cuts_files_as_ranks_of_fsdp2_ask_for_them(tmp_path: Path) -> None:
     assert places["model.head.weight"] == places["model.b.weight"], "tied names have one copy"
 
 
+def test_a_flattened_optimizer_stays_flattened(tmp_path: Path) -> None:
+    source = unpacked("fsdp") / "dp4_flatten" / "dcp"
+    convert(source, tmp_path / "out", to="dcp")
+    wanted: Any = FileSystemReader(source).read_metadata()
+    found: Any = FileSystemReader(tmp_path / "out").read_metadata()
+    optimizer = {key for key in wanted.state_dict_metadata if key.startswith("optim.")}
+    assert optimizer == {key for key in found.state_dict_metadata if key.startswith("optim.")}
+    assert {key: wanted.planner_data[key] for key in optimizer} == {key: found.planner_data[key] for key in optimizer}
+
+
 def test_universal_folders_give_stage_3_only_what_the_groups_agree_in(tmp_path: Path) -> None:
     source = small(scheduler={"last_epoch": 12}, client_state={"data": [1, 2]})
     write_universal.write(source, tmp_path, WriteOptions(), lambda _: None)
