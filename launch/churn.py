@@ -94,9 +94,9 @@ def command(
         largest=largest,
         heartbeat_timeout=f"{heartbeat_timeout:g}",
     )
-    from launch.churn_lab import Request
     from launch.churn_peer import Orders
     from launch.churn_report import Settings
+    from launch.churn_run import Request
 
     request = Request(
         orders=Orders(seed, transport, operations, "", size),
@@ -114,7 +114,8 @@ def command(
 
 def _run(request: Any, settings: Any, folder: Path, json_file: Path | None, *, quiet: bool, kept: bool) -> int:
     from launch import churn_report
-    from launch.churn_lab import Failed, Hang, Lab, evidence
+    from launch.churn_lab import Lab
+    from launch.churn_run import Failed, Hang, evidence
     from launch.crew import Crew
     from launch.network import Network
 

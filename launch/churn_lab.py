@@ -10,15 +10,13 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from collectives import faults
-from collectives.errors import RingholdError
 from launch.churn_audit import Audit
-from launch.churn_peer import PHASES, Orders, Word, live
-from launch.churn_plan import Blow, Kind, Plan
+from launch.churn_peer import PHASES, Word, live
+from launch.churn_plan import Blow, Kind
+from launch.churn_run import Failed, Guest, Hang, Request
 from launch.churn_strike import Strike
 from launch.crew import Crew, Message, Peer
 from launch.network import Network
@@ -35,49 +33,6 @@ _REFILL = 0.7
 """Part of the losses that are made good at once."""
 _SLOW = (0.1, 0.45)
 """A slow spell lasts for such a part of the heartbeat timeout: nobody may be evicted for it."""
-
-
-class Hang(RingholdError):
-    """Something did not happen within the bound."""
-
-    exit_code = 1
-
-
-class Failed(RingholdError):
-    """A peer ended with an error."""
-
-    exit_code = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to run. Times in seconds."""
-
-    orders: Orders
-    plan: Plan
-    kinds: tuple[Kind, ...]
-    least: int
-    most: int
-    seconds: float
-    heartbeat_timeout: float
-
-
-@dataclass(slots=True)
-class Guest:
-    """What the lab knows of a peer: the member that it is, if it works, and what it suffers."""
-
-    peer: Peer
-    member: int = 0
-    working: bool = False
-    suffers: str = ""
-    """The fault that it is under, "" none."""
-    planned: bool = False
-    """Whether its coming is a fault of the plan."""
-    excused: bool = False
-    """Whether its next eviction is owed to a fault that found it joining."""
-    strike: Strike | None = None
-    moved: int = -1
-    moved_at: float = field(default_factory=time.monotonic)
 
 
 class Lab:
@@ -468,19 +423,6 @@ class Lab:
 
     def _note(self, kind: str, **fields: object) -> None:
         self._observe(entry("supervisor", kind, **fields))
-
-
-def evidence(crew: Crew, folder: Path) -> str:
-    """Stacks of the peers that are there, what the coordinator knows, and the end of the logs; kept in `folder`."""
-    there = [peer for peer in crew.living.values() if not peer.stopped]
-    for peer in there:
-        peer.signal(signal.SIGUSR1)
-    time.sleep(0.5)
-    logs = [crew.folder / "coordinator.log", *(peer.log for peer in there)]
-    texts = [f"--- {log.stem}\n{log.read_text(errors='replace')[-30000:]}" for log in logs if log.exists()]
-    path = folder / "evidence.txt"
-    path.write_text("\n".join([crew.status(), *texts]))
-    return str(path)
 
 
 def _name(peer: Peer) -> str:
