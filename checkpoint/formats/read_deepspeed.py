@@ -63,6 +63,7 @@ def read(folder: Path, spec: Spec | None = None) -> Gathered:
 class _Reader:
     def __init__(self, folder: Path, files: Files, spec: Spec | None) -> None:
         self.folder, self.files = folder, files
+        self.loaded: dict[str, TorchFile] = {}
         names = sorted(path.name for path in folder.iterdir())
         self.optim = {(int(m[2]), int(m[1])): m[0] for name in names if (m := _OPTIM.fullmatch(name))}
         self.model = {(int(m[2]), int(m[1] or 0)): m[0] for name in names if (m := _MODEL.fullmatch(name))}
@@ -88,10 +89,12 @@ class _Reader:
         self.stepped: set[str] = set()
 
     def _load(self, name: str) -> TorchFile:
-        loaded = TorchFile(self.files.get(self.folder / name))
-        if not isinstance(loaded.value, dict):
-            raise CorruptFile(f"{self.folder / name}: not a DeepSpeed checkpoint: it holds no dict")
-        return loaded
+        if name not in self.loaded:
+            file = TorchFile(self.files.get(self.folder / name))
+            if not isinstance(file.value, dict):
+                raise CorruptFile(f"{self.folder / name}: not a DeepSpeed checkpoint: it holds no dict")
+            self.loaded[name] = file
+        return self.loaded[name]
 
     def _info(self) -> dict[str, Any]:
         info = self.first.value.get("universal_checkpoint_info")
@@ -119,6 +122,7 @@ class _Reader:
         rows = shape_rows(model.value.get("param_shapes"))
         shard.shapes = {name: shape_of(shape) for row in rows for name, shape in row.items()}
         if stage3:
+            self._check_ranks(rank, len(optims), rows)
             Zero3(str(self.folder), shard, optims, rows).read()
         elif optims:
             Zero12(shard, optims, rows).read()
@@ -126,6 +130,19 @@ class _Reader:
         if not optims and model.value.get("optimizer"):
             plain_optimizer(shard, model, str(self.folder), self.shared, self.spec)
         return shard
+
+    def _check_ranks(self, rank: int, count: int, rows: list[dict[str, Any]]) -> None:
+        """With ZeRO-3 every data parallel rank has model states, which name the same parameters."""
+        held = sorted(dp for mp, dp in self.model if mp == rank)
+        if held != list(range(count)):
+            missing = sorted(set(range(count)) - set(held))
+            raise Unreadable(
+                f"{self.folder}: model states of data parallel ranks {missing} are missing; copy the checkpoint whole"
+            )
+        for dp in held[1:]:
+            name = self.model[rank, dp]
+            if shape_rows(self._load(name).value.get("param_shapes")) != rows:
+                raise CorruptFile(f"{self.folder / name} is of another run: it names other parameters than rank 0's")
 
     def _optim_files(self, rank: int) -> list[TorchFile]:
         ranks = sorted(dp for mp, dp in self.optim if mp == rank)

@@ -42,7 +42,7 @@ _MASTERS = {"param": FP32, "fp32_param": FP32}
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds such a checkpoint."""
-    return (folder / METADATA).is_file() and (folder / COMMON).is_file()
+    return (folder / METADATA).is_file() and ((folder / COMMON).is_file() or _is_said(folder / "metadata.json"))
 
 
 def read(folder: Path, spec: Spec | None = None) -> Gathered:
@@ -58,6 +58,11 @@ def read(folder: Path, spec: Spec | None = None) -> Gathered:
     except BaseException:
         files.close()
         raise
+
+
+def _is_said(path: Path) -> bool:
+    """Whether Megatron's note of its backends is there."""
+    return path.is_file() and b"sharded_backend" in path.read_bytes()[:1000]
 
 
 class _Reader:

@@ -315,6 +315,8 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
             "global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt",
             r"ranks \[1\] .* are missing",
         ),
+        ("ds/z3_dp4_fp32/ckpt", "global_step3/zero_pp_rank_2_mp_rank_00_model_states.pt", r"ranks \[2\] are missing"),
+        ("mcore/tp2pp2/torch_dist", "iter_0000003/common.pt", r"common\.pt is missing"),
         ("ds/tp2dp2_z1/ckpt", "global_step3/mp_rank_01_model_states.pt", r"ranks \[1\] are missing"),
         ("ds/pp2dp2_z1/ckpt", "global_step3/zero_pp_rank_1_mp_rank_01_optim_states.pt", r"ranks \[1\] .* are missing"),
         ("fsdp/dp4/dcp", "__2_0.distcp", "No such file"),
