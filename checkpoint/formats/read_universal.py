@@ -6,6 +6,7 @@ ZeRO-1/2 writes atoms as dicts with `param`; ZeRO-3 as flat tensors, whose shape
 
 import math
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -172,19 +173,23 @@ class _Reader:
     def _frozen(self, name: str) -> Lazy:
         """A frozen parameter: whole, or (ZeRO-3) in pieces, one for each rank, the last ones padded."""
         shape = shape_of(self.models[0].value["frozen_param_shapes"][name])
-        numbered = {
-            int(match[1]): path
-            for path in self.folder.iterdir()
-            if (match := re.fullmatch(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt", path.name))
-        }
-        models = [self._load(path) for _, path in sorted(numbered.items())] or self.models
         runs, at, total = [], 0, math.prod(shape)
-        for model in models:
+        for model in self._ranks:
             piece = tensor_of(model, (model.value.get("frozen_param_fragments") or {}).get(name), name)
             length = min(piece.size, total - at)
             runs.append((at, piece.flat(0, length)))
             at += length
         return Flat(name, shape, runs)
+
+    @cached_property
+    def _ranks(self) -> list[TorchFile]:
+        """The model states of every data parallel rank (ZeRO-3), else those that there are."""
+        numbered = {
+            int(match[1]): path
+            for path in self.folder.iterdir()
+            if (match := re.fullmatch(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt", path.name))
+        }
+        return [self._load(path) for _, path in sorted(numbered.items())] or self.models
 
     def _groups(self, names: set[str]) -> list[Group]:
         """Options of every group; names from the model states, sub-groups of ZeRO-3 through their numbers."""
