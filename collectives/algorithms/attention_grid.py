@@ -11,6 +11,7 @@ Used by `parallel.attention.layout`.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import TypeAlias
 
 from collectives.algorithms.draft import Draft
@@ -47,9 +48,9 @@ def both_ways(number: int, hops: tuple[int, int]) -> int:
 class Grid:
     """Adds attention over a grid of ranks to a draft. `ranks[row][column]`; owners are the ranks themselves.
 
-    `side_by_side` rounds of the keys, a divisor of their number, travel at once. The regions ("q", owner, round) and
-    ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and ("out kv", owner, round) where
-    the side has a result, are complete behind step `end`.
+    `abreast` rounds of the keys, a divisor of their number, travel at once, and all of the queries. The regions
+    ("q", owner, round) and ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and
+    ("out kv", owner, round) where the side has a result, are complete behind step `end`.
     """
 
     def __init__(
@@ -63,9 +64,9 @@ class Grid:
         needed: Needed,
         q_way: Direction,
         kv_way: Direction,
-        side_by_side: int = 1,
+        abreast: int,
     ) -> None:
-        self._abreast = side_by_side
+        self._abreast = {q.name: q.rounds, kv.name: abreast}
         self._draft, self._tasks = draft, tasks
         self._ranks, self._q, self._kv, self._needed = ranks, q, kv, needed
         self._rows, self._columns = len(ranks), len(ranks[0])
@@ -76,17 +77,22 @@ class Grid:
         self._kv_trips = [self._trip(kv, number, kv_way) for number in range(kv.rounds)]
 
     def build(self) -> None:
-        """Add everything."""
-        for row in range(self._rows):
-            for column in range(self._columns):
-                for number in range(self._kv.rounds):
-                    for turn in range(self._rows):
-                        self._keys(row, column, number, turn)
+        """Add everything; at each rank in the order of steps, so that who sets a result is known."""
+        turns = product(range(self._kv.rounds), range(self._rows))
+        for number, turn in sorted(turns, key=lambda at: self._step(at[0], at[1], 0, 0)):
+            for row, column in product(range(self._rows), range(self._columns)):
+                self._keys(row, column, number, turn)
 
     def _step(self, kv_round: int, turn: int, q_round: int, hop: int) -> int:
-        together, place = divmod(kv_round, self._abreast)
-        turns = (together * self._rows + turn) * self._abreast + place
-        return self._first + (turns * self._q.rounds + q_round) * self._columns + hop
+        places = []
+        for side, number, at, stations in (
+            (self._kv, kv_round, turn, self._rows),
+            (self._q, q_round, hop, self._columns),
+        ):
+            abreast = self._abreast[side.name]
+            together, place = divmod(number, abreast)
+            places.append((together * stations + at) * abreast + place)
+        return self._first + places[0] * self._q.rounds * self._columns + places[1]
 
     # --- who travels how far ---
 
@@ -132,8 +138,8 @@ class Grid:
             side, piece, number, turn, hops[owner], begin, rank, self._ranks[(row + way) % self._rows][column]
         )
         here = turn <= hops[owner]
-        for q_round in range(self._q.rounds):
-            for hop in range(self._columns):
+        for hop in range(self._columns):
+            for q_round in range(self._q.rounds):
                 self._queries(
                     row, column, number, turn, q_round, hop, piece if here else piece._replace(stop=piece.start)
                 )
@@ -201,7 +207,7 @@ class Grid:
 
     def _reuses(self, side: Side) -> bool:
         """Whether the rounds of a side follow each other through the same memory."""
-        return side.rounds > 1 and (side is self._kv or self._rows * self._kv.rounds == 1)
+        return side.rounds > self._abreast[side.name]
 
     def _own(self, side: Side, piece: Piece, number: int) -> Range:
         return self._draft.region((side.name, piece.owner, number), piece.rows * side.moved)
@@ -210,7 +216,7 @@ class Grid:
         """Where a piece is while it travels."""
         if not self._reuses(side):
             return self._own(side, piece, number)
-        place = ("slot", side.name, piece.owner, number % self._abreast)
+        place = ("slot", side.name, piece.owner, number % self._abreast[side.name])
         return self._draft.region(place, piece.rows * side.moved, side.room(side.moved))
 
     def _data(self, side: Side, piece: Piece, number: int, hop: int) -> Range:
@@ -224,7 +230,7 @@ class Grid:
         size = piece.rows * side.result
         if not hop:
             return self._draft.region(("out " + side.name, piece.owner, number), size)
-        place = ("partial", side.name, piece.owner, number % self._abreast, hop % 2)
+        place = ("partial", side.name, piece.owner, number % self._abreast[side.name], hop % 2)
         if not self._reuses(side):
             return self._draft.region((*place, number), size)
         return self._draft.region(place, size, side.room(side.result))

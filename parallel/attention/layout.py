@@ -255,7 +255,8 @@ class _Builder:
         problem = self._problem
         short = shortest(problem.causal)
         kv_way = both_ways if problem.scheme == "bidirectional" else short
-        abreast = 2 if problem.scheme == "bidirectional" else 1
+        lanes = (4, 2) if problem.scheme == "bidirectional" else (2,)  # one is computed with while another travels
+        abreast = next((count for count in lanes if kv.rounds % count == 0), 1)
         return Grid(self._draft, self._tasks, first, ranks, q, kv, self._needed, short, kv_way, abreast)
 
     def _sides(self, ranks: Sequence[int]) -> tuple[Side, Side]:
