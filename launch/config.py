@@ -100,8 +100,6 @@ class JobConfig:
             raise UsageError(f"plan is auto or a mesh such as 2x2, not {self.plan!r}")
         if not self.plan and (self.pins or self.redundancy):
             raise UsageError("pins and redundancy belong to a plan; give --plan auto as well")
-        if self.plan and self.checkpoint:
-            raise UsageError("a planned run is not checkpointed while it trains; drop --plan or --checkpoint")
         if self.shard_optimizer and not self.checkpoint:
             raise UsageError("--shard-optimizer is about checkpoints; give --checkpoint as well")
         if self.plan and self.reproducible:

@@ -205,7 +205,7 @@ class Membership:
     def _checkpoint(self) -> None:
         """Save the state, if it is time to."""
         config, step = self.config, self.trainer.step
-        if not config.checkpoint or (step % config.checkpoint_every and step != config.steps):
+        if not self._saves(step):
             return
         done = checkpoints.save(config.checkpoint, self.trainer.state(), self.comm, config.shard_optimizer)
         self.report(
@@ -217,6 +217,10 @@ class Membership:
             lost=list(done.lost),
             seconds=done.seconds,
         )
+
+    def _saves(self, step: int) -> bool:
+        config = self.config
+        return bool(config.checkpoint) and (not step % config.checkpoint_every or step == config.steps)
 
     def _attempt(self, step: int, attempt: int) -> Outcome | None:
         """Compute this member's share and sum everybody's; None if a member was lost, on every member alike.

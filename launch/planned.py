@@ -47,6 +47,7 @@ class PlannedMembership(Membership):
             self._current = trainer.step
             while trainer.step < self.config.steps:
                 self._step()
+                self._checkpoint()
             self._gather()
             return self._end()
         finally:
@@ -78,6 +79,12 @@ class PlannedMembership(Membership):
             self.report("eval", step=step + 1, loss=self._evaluate())
         if not self._training.plan.collectives:
             self.comm.barrier()  # a plan that sends nothing would not notice who is gone
+
+    def _checkpoint(self) -> None:
+        """Save the state, if it is time to. The store's files are those of any job: a resume need not be planned."""
+        if self._saves(self.trainer.step):
+            self._gather()
+            super()._checkpoint()
 
     def _given(self, step: int) -> dict[str, Tensor]:
         """The whole batch of a step and its learning rate."""

@@ -29,6 +29,10 @@ class Span:
         """The elements, flat, in place."""
         return shard.reshape(-1)[self.start : self.stop]
 
+    def copy(self, shard: Tensor, out: Tensor) -> None:
+        """Copy the elements into flat memory."""
+        out.copy_(self.take(shard))
+
     def put(self, shard: Tensor, values: Tensor) -> None:
         """Write the elements, given flat."""
         shard.view(-1)[self.start : self.stop] = values
@@ -51,6 +55,14 @@ class Box:
     def take(self, shard: Tensor) -> Tensor:
         """The elements, flat, as a copy."""
         return shard[self.slices].reshape(-1)[self.start : self.stop]
+
+    def copy(self, shard: Tensor, out: Tensor) -> None:
+        """Copy the elements into flat memory."""
+        whole = shard[self.slices]
+        if self.size == whole.numel():
+            out.view(self.shape).copy_(whole)
+        else:
+            out.copy_(whole.reshape(-1)[self.start : self.stop])
 
     def put(self, shard: Tensor, values: Tensor) -> None:
         """Write the elements, which are all of the box, given flat."""
@@ -101,7 +113,11 @@ def gather(shard: Tensor, found: tuple[Part, ...]) -> Tensor:
     """The elements of the parts, one behind the other: in place where they are so in memory."""
     if len(found) == 1:
         return found[0].take(shard)
-    return torch.cat([part.take(shard) for part in found]) if found else shard.reshape(-1)[:0]
+    values, at = shard.new_empty(sum(part.size for part in found)), 0
+    for part in found:
+        part.copy(shard, values[at : at + part.size])
+        at += part.size
+    return values
 
 
 def scatter(values: Tensor, found: tuple[Part, ...], shape: tuple[int, ...], fill: float) -> Tensor:

@@ -7,19 +7,24 @@ import pytest
 from click.testing import CliRunner
 
 from collectives.errors import UsageError
-from launch import planned, train
+from collectives.state import state_hash
+from launch import checkpoints, data, planned, train
 from launch.config import JobConfig
+from launch.trainer import Trainer
 from parallel.layout import Broadcast, Mesh, Split
 from tests.launch.test_train import finish, start
 
 PLAN = ["--plan", "auto", "--redundancy", "1"]
 
 
+@pytest.mark.timeout(330)
 def test_a_planned_run_outlives_a_death_with_the_numbers_of_one_process(tmp_path: Path) -> None:
     out = tmp_path / "run"
     sizes = ("--preset", "1m", "--batch", "16", "--context", "64", "--peers", "3", "--steps", "5", "--dtype", "fp64")
     patience = ("--timeout", "280", "--stall-timeout", "200")
-    popen = start(out, *sizes, *PLAN, *patience, "--churn", "kill@2:1", "--reference", "--json")
+    store = tmp_path / "store"
+    saving = ("--checkpoint", str(store), "--checkpoint-every", "3")
+    popen = start(out, *sizes, *PLAN, *patience, *saving, "--churn", "kill@2:1", "--reference", "--json")
     code, text, err = finish(popen, timeout=300.0)
     assert code == 0, text + err
     summary = json.loads(text)
@@ -31,6 +36,11 @@ def test_a_planned_run_outlives_a_death_with_the_numbers_of_one_process(tmp_path
     reference = next(check for check in summary["checks"] if check["name"] == "reference")
     assert reference["ok"]
     assert "5 losses within" in reference["detail"]
+    trainer = Trainer(JobConfig(preset="1m", dtype="fp64"), data.load((), 64, 16))
+    trainer.absorb(checkpoints.load(f"{store}@3"))
+    assert trainer.step == 3
+    trainer.absorb(checkpoints.load(str(store)))
+    assert state_hash(trainer.state()) in summary["hashes"].values()
 
 
 @pytest.mark.parametrize(
