@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from time import monotonic
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from parallel.machine import CPU, Machine
 from parallel.options import Options, check_pins, of_classes
 from parallel.plan import Figures, Option, Placements, Plan, Sharding
 from parallel.program import Program, changes, cheapest
-from parallel.solver import Solution, solve
+from parallel.solver import Solution, Unsolved, solve
 
 _ROUNDS = 40
 """Of adding memory rows where the last solution passes the limit."""
@@ -55,7 +56,7 @@ def plan(
             axis of the mesh.
         machine: what operations and messages take.
         tied: whether equal layers are planned alike.
-        seconds: that one branch and bound may take; it is not needed where the linear relaxation is integral.
+        seconds: that branch and bound may take for a plan; it is not needed where the linear relaxation is integral.
 
     Raises:
         UsageError: a pin names nothing, or a placement that the tensor cannot have.
@@ -167,14 +168,20 @@ class Search:
 
     def _solve(self, program: Program) -> tuple[Plan, dict[int, Option]] | None:
         """The best plan of a program and its choices; rows are added until it keeps within the memory."""
+        until = monotonic() + self.seconds
         for _ in range(_ROUNDS):
-            solution = solve(program, self.seconds)
+            solution = solve(program, max(1.0, until - monotonic()))
             if solution is None:
                 return None
             found = _read(program, solution)
             held = liveness.profile(program, found)
             if self.memory is None or held.peak <= self.memory:
                 return replace(found, figures=_figures(program, found, held, solution)), program.chosen(solution.values)
+            if monotonic() > until:
+                raise Unsolved(
+                    f"no plan within {self.memory:.0f} bytes a rank was found in {self.seconds:.0f} s of solving; allow "
+                    f"more memory"
+                )
             for at in held.worst(self.memory):
                 liveness.limit(program, at, self.memory)
         raise NoPlan(f"no plan within {self.memory:.0f} bytes a rank was found in {_ROUNDS} rounds; allow more memory")
@@ -267,7 +274,7 @@ def _figures(program: Program, found: Plan, held: Profile, solution: Solution) -
         memory=held.peak,
         at_peak=held.at_peak,
         gap=gap,
-        bound=solution.bound,
+        bound=min(solution.bound, compute + talk),
         relaxed=solution.relaxed,
         tied=len(program.classes.first) < len(found.graph.nodes) + len(found.graph.inputs),
         machine=costs.machine.name,

@@ -31,10 +31,9 @@ Pair = tuple[Placements, Placements]
 Terms = Mapping[int, float]
 """Coefficients of variables, by their numbers."""
 
-LAUNCH_TIE, MEMORY_TIE = 1e-9, 1e-12
-"""Seconds that a launch, and a whole tensor instead of none of it, are worth where times are equal: ties are broken by
-the number of launches, then by memory."""
-
+LAUNCH_TIE, MEMORY_TIE = 1e-8, 1e-7
+"""What a launch, and holding every tensor whole instead of none, are worth where times are equal, as shares of the time
+that all operations need: ties are broken by the number of launches, then by memory."""
 _ALONE = 25_000
 """Changes of placement below which each operation is chosen for by itself."""
 
@@ -89,8 +88,9 @@ class Program:
         self.first: list[int] = []
         """The number of the variable of each unit's first option; the others follow."""
         self.crossings: dict[Edge, Crossing] = {}
-        self.least = 0.0
+        self.least = max(cheapest(options, classes, costs), 1e-12)
         """Seconds that all operations take at their fastest."""
+        self._whole = sum(flow.value.nbytes for flow in flows.values) or 1
         self._prices: dict[tuple[int, Option], float] = {}
         self.units = unite(classes, flows, options, self._price, alone=changes(flows, options) < _ALONE)
         for joints, kinds in zip(self.units.joints, self.units.members, strict=True):
@@ -166,7 +166,7 @@ class Program:
             return
         for edges, count in source.families:
             users = [numbers[edge] for edge in edges if edge in numbers]
-            price = count * (seconds + LAUNCH_TIE)
+            price = count * (seconds + LAUNCH_TIE * self.least)
             if len(users) == 1:
                 self.objective[users[0]] += price
             elif users:
@@ -184,13 +184,13 @@ class Program:
     def _choose(self, joints: Sequence[Joint], kinds: Sequence[int]) -> None:
         self.first.append(len(self.objective))
         prices = [sum(map(self._price, kinds, joint)) for joint in joints]
-        self.least += min(prices)
         numbers = [self.variable(price, binary=True) for price in prices]
         self.row(dict.fromkeys(numbers, 1.0), 1.0, 1.0)
 
     def _price(self, kind: int, option: Option) -> float:
         if (kind, option) not in self._prices:
-            self._prices[kind, option] = price(self.classes, self.costs, kind, option)
+            tie = MEMORY_TIE * self.least * _held(self.classes, self.costs, kind, option) / self._whole
+            self._prices[kind, option] = price(self.classes, self.costs, kind, option) + tie
         return self._prices[kind, option]
 
     def _connect(self, edge: Edge) -> None:
@@ -222,17 +222,23 @@ class Program:
 
 
 def price(classes: Classes, costs: Costs, kind: int, option: Option) -> float:
-    """Seconds that all members of a class take with an option, and what breaks ties by memory."""
+    """Seconds that all members of a class take with an option."""
+    member = classes.first[kind]
+    if isinstance(member, Input):
+        return 0.0
+    assert isinstance(option, Sharding)
+    return classes.count[kind] * costs.operation(member, option)
+
+
+def _held(classes: Classes, costs: Costs, kind: int, option: Option) -> int:
+    """Bytes of all that the members of a class make or are."""
     member, count = classes.first[kind], classes.count[kind]
     if isinstance(member, Input):
         assert not isinstance(option, Sharding)
-        return MEMORY_TIE * count * costs.local_bytes(member.value, option) / max(member.value.nbytes, 1)
+        return count * costs.local_bytes(member.value, option)
     assert isinstance(option, Sharding)
-    held = sum(
-        costs.local_bytes(value, placed) / max(value.nbytes, 1)
-        for value, placed in zip(member.outputs, option.outputs, strict=True)
-    )
-    return count * (costs.operation(member, option) + MEMORY_TIE * held)
+    pairs = zip(member.outputs, option.outputs, strict=True)
+    return count * sum(costs.local_bytes(value, placed) for value, placed in pairs)
 
 
 def cheapest(options: Options, classes: Classes, costs: Costs) -> float:

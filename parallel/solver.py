@@ -42,7 +42,7 @@ def solve(program: Program, seconds: float, gap: float = 1e-5) -> Solution | Non
         Unsolved: no solution was found in that time.
 
     """
-    scale = _SCALE / max(program.least, 1e-12)
+    scale = _SCALE / program.least
     objective, binary = np.array(program.objective), np.array(program.binary)
     rows = LinearConstraint(program.matrix(), np.array(program.low), np.array(program.high))
     relaxed = milp(objective * scale, constraints=rows, bounds=Bounds(0.0, 1.0))
