@@ -377,6 +377,11 @@ def from_numbers(numbers: npt.NDArray[np.floating], dtype: str) -> Bytes:
         return numbers.astype(NUMPY[dtype]).view(np.uint8)
 
 
+def number(tensor: Lazy) -> float:
+    """Return a tensor of one element as a number."""
+    return float(tensor.whole().view(NUMPY[tensor.dtype])[0])
+
+
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major tensor."""
     strides, step = [], 1

@@ -13,7 +13,7 @@ from checkpoint.checksums import Span
 from checkpoint.dtypes import itemsize
 from checkpoint.files import File
 from checkpoint.lazy import Stored
-from checkpoint.unpickle import StorageRef, TensorRef, loads, to_json
+from checkpoint.unpickle import StorageRef, TensorRef, base64_of, loads, to_json
 from collectives.errors import CorruptFile
 
 _END, _CENTRAL, _LOCAL = b"PK\x05\x06", b"PK\x01\x02", b"PK\x03\x04"
@@ -82,7 +82,7 @@ class TorchFile:
             stored = self.stored(value)
             if stored.size * itemsize(stored.dtype) > 1 << 16:
                 return value
-            return {"dtype": stored.dtype, "shape": stored.shape, "base64": _text(bytes(stored.whole()))}
+            return {"dtype": stored.dtype, "shape": stored.shape, "base64": base64_of(bytes(stored.whole()))}
         if isinstance(value, dict):
             return {key: self._inline(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -220,9 +220,3 @@ def _storages(value: Any) -> list[StorageRef]:
     if isinstance(value, list | tuple):
         return [ref for item in value for ref in _storages(item)]
     return []
-
-
-def _text(data: bytes) -> str:
-    import base64
-
-    return base64.b64encode(data).decode()

@@ -6,6 +6,7 @@ settings of the training libraries become `Opaque` records, so that a checkpoint
 it.
 """
 
+import base64
 import collections
 import pickle
 import re
@@ -337,14 +338,14 @@ class _Json:
         if isinstance(value, float):
             return value
         if isinstance(value, bytes | bytearray):
-            return {"base64": _base64(value)}
+            return {"base64": base64_of(value)}
         if isinstance(value, dict):
             return {str(key): self.of(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self.of(item, f"{path}.{index}") for index, item in enumerate(value)]
         if isinstance(value, Array):
             numbers = value.numbers()
-            return {"dtype": str(numbers.dtype), "shape": list(numbers.shape), "base64": _base64(numbers.tobytes())}
+            return {"dtype": str(numbers.dtype), "shape": list(numbers.shape), "base64": base64_of(numbers.tobytes())}
         if isinstance(value, Opaque):
             if isinstance(value.state, dict) and value.state:
                 return self.of(value.state, path)
@@ -360,7 +361,6 @@ def to_json(value: Any, path: str = "") -> tuple[Any, list[str]]:
     return made.of(value, path), made.left_out
 
 
-def _base64(data: bytes | bytearray) -> str:
-    import base64
-
+def base64_of(data: bytes | bytearray) -> str:
+    """Return bytes as text."""
     return base64.b64encode(data).decode()

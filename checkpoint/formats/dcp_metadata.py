@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from checkpoint.dtypes import itemsize
 from checkpoint.files import Files, Memory
 from checkpoint.lazy import Elements, Given, Lazy, Part, PiecesMissing, Placed, Stored, carrier, slices
@@ -229,10 +227,3 @@ def _ints(values: Any) -> tuple[int, ...]:
     if any(type(n) is not int or n < 0 for n in found):
         raise ValueError(f"{found} is no shape or offset")
     return found
-
-
-def number(tensor: Lazy) -> float:
-    """Return a tensor of one element as a number."""
-    from checkpoint.dtypes import NUMPY
-
-    return float(np.asarray(tensor.whole().view(NUMPY[tensor.dtype]))[0])

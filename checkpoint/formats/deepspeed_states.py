@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoint.dtypes import NUMPY
-from checkpoint.lazy import Lazy, Stored, scalar
+from checkpoint.lazy import Lazy, Stored, number, scalar
 from checkpoint.source import STEP
 from checkpoint.torch_load import TorchFile
 from checkpoint.unpickle import TensorRef
@@ -33,11 +32,11 @@ def states_of(file: TorchFile, state: Any, option: Mapping[str, Any]) -> dict[st
         if isinstance(value, TensorRef) and value.shape:
             found[str(key)] = tensor_of(file, value, str(key))
         elif isinstance(value, TensorRef):
-            found[str(key)] = number(file, value)
+            found[str(key)] = number(file.stored(value))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[str(key)] = float(value)
     if STEP not in found and found and (step := option.get(STEP)) is not None:
-        found[STEP] = number(file, step) if isinstance(step, TensorRef) else float(step)
+        found[STEP] = number(file.stored(step)) if isinstance(step, TensorRef) else float(step)
     return found
 
 
@@ -47,12 +46,6 @@ def put_state(shard: Shard, name: str, key: str, value: Any, file: TorchFile) ->
         shard.put(name, key, tensor_of(file, value, name))
     elif isinstance(value, int | float):
         shard.put(name, key, scalar(value))
-
-
-def number(file: TorchFile, ref: TensorRef) -> float:
-    """Return a tensor of one element as a number."""
-    stored = file.stored(ref)
-    return float(stored.whole().view(NUMPY[stored.dtype])[0])
 
 
 def options_of(option: Mapping[str, Any], file: TorchFile) -> dict[str, Any]:

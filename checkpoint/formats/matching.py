@@ -41,7 +41,7 @@ def assign(
         raise PiecesMissing(
             f"{where}: the optimizer numbers its parameters without names, and shapes alone do not tell which of them "
             f"are frozen or in which group; name those that are frozen in a --spec:\n"
-            f"[[pattern]]\nmatch = 'NAME'\naxis = \"optimizer\"\nhow = \"frozen\""
+            f'[[pattern]]\nmatch = \'NAME\'\naxis = "optimizer"\nhow = "frozen"'
         )
     groups: list[list[str]] = [[] for _ in slots]
     for (name, _), group in zip(order, found, strict=True):

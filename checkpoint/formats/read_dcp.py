@@ -16,7 +16,7 @@ from checkpoint.files import Files
 from checkpoint.formats.dcp_metadata import METADATA, Metadata
 from checkpoint.formats.gathered import Gathered
 from checkpoint.language import Spec, cleaned
-from checkpoint.lazy import Lazy
+from checkpoint.lazy import Lazy, number
 from checkpoint.source import FP32, PARAM, Entry, Group, blocks
 
 _STATE, _GROUPS = "state", "param_groups"
@@ -102,7 +102,7 @@ class _Reader:
         for key in self.metadata.tensors:  # a learning rate may be a tensor
             if key.startswith(prefix):
                 owner, _, option = key.removeprefix(prefix).rpartition(".")
-                rows.setdefault(owner, {})[option] = _number(self.metadata.tensor(key))
+                rows.setdefault(owner, {})[option] = number(self.metadata.tensor(key))
         if rows and all(owner.isdecimal() and "params" in row for owner, row in rows.items()):
             ordered = [row for _, row in sorted(rows.items(), key=lambda item: int(item[0]))]
             return [Group(tuple(cleaned(self.spec, str(n)) for n in row.pop("params")), row) for row in ordered]
@@ -213,9 +213,3 @@ def _tied(metadata: Metadata, model: dict[str, str], source: Gathered) -> list[l
 def _equal(source: Gathered, a: Entry, b: Entry) -> bool:
     """Whether two tensors of one shape hold the same bytes; stops at the first difference."""
     return all(bool((source.read(a.key, box) == source.read(b.key, box)).all()) for box in blocks(a, 1 << 20))
-
-
-def _number(tensor: Lazy) -> Any:
-    from checkpoint.formats.dcp_metadata import number
-
-    return number(tensor)

@@ -26,7 +26,7 @@ from checkpoint.formats.megatron_model import (
     spec_of,
 )
 from checkpoint.language import Spec
-from checkpoint.lazy import Cut, Lazy, Part, PiecesMissing, Placed, Reshaped, scalar
+from checkpoint.lazy import Cut, Lazy, Part, PiecesMissing, Placed, Reshaped, number, scalar
 from checkpoint.source import FP32, PARAM, STEP
 from checkpoint.torch_load import TorchFile
 from checkpoint.unpickle import TensorRef
@@ -149,7 +149,7 @@ class _Reader:
         for option, members in zip(options, names, strict=True):
             step = option.get("step", common)
             if isinstance(step, TensorRef):
-                step = float(_scalar(file, step))
+                step = number(file.stored(step))
             if isinstance(step, int | float):
                 steps |= dict.fromkeys(members, float(step))
         return steps
@@ -224,16 +224,10 @@ def _common_step(optimizer: Any, file: TorchFile) -> float | None:
         state = optimizer.get("state")
         if isinstance(state, dict) and "common_step" in state:
             step = state["common_step"]
-            return float(_scalar(file, step)) if isinstance(step, TensorRef) else float(step)
+            return number(file.stored(step)) if isinstance(step, TensorRef) else float(step)
         for item in optimizer.values():
             if (found := _common_step(item, file)) is not None:
                 return found
     if isinstance(optimizer, list | tuple):
         return next((found for item in optimizer if (found := _common_step(item, file)) is not None), None)
     return None
-
-
-def _scalar(file: TorchFile, ref: TensorRef) -> float:
-    from checkpoint.formats.dcp_metadata import number
-
-    return number(file.stored(ref))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import Files, Unreadable
-from checkpoint.formats.dcp_metadata import number
 from checkpoint.formats.gathered import Gathered
 from checkpoint.formats.matching import assign
 from checkpoint.formats.megatron_model import (
@@ -31,7 +30,7 @@ from checkpoint.formats.megatron_model import (
     spec_of,
 )
 from checkpoint.language import Spec
-from checkpoint.lazy import Lazy, PiecesMissing, Stored, scalar
+from checkpoint.lazy import Lazy, PiecesMissing, Stored, number, scalar
 from checkpoint.source import FP32, PARAM, STEP, Group
 from checkpoint.torch_load import TorchFile
 from checkpoint.unpickle import TensorRef

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import Files, Unreadable
-from checkpoint.formats.deepspeed_states import number, options_of, shape_of, shape_rows, tensor_of
+from checkpoint.formats.deepspeed_states import options_of, shape_of, shape_rows, tensor_of
 from checkpoint.formats.deepspeed_tp import by_affine_map, spec_of
 from checkpoint.formats.gathered import Gathered, tied
 from checkpoint.formats.read_deepspeed import OWN_KEYS
 from checkpoint.language import Spec
-from checkpoint.lazy import Flat, Lazy, PiecesMissing, Stored, scalar
+from checkpoint.lazy import Flat, Lazy, PiecesMissing, Stored, number, scalar
 from checkpoint.source import FP32, FROZEN, PARAM, STEP, Group
 from checkpoint.torch_load import TorchFile
 from checkpoint.unpickle import TensorRef
@@ -138,7 +138,7 @@ class _Reader:
         if found is None:
             groups = inner.get("param_groups") or self.optimizer.value.get("param_groups") or [{}]
             found = next((group.get(STEP) for group in groups if group.get(STEP) is not None), None)
-        return number(self.optimizer, found) if isinstance(found, TensorRef) else found
+        return number(self.optimizer.stored(found)) if isinstance(found, TensorRef) else found
 
     def _module(self, source: Gathered, stepped: set[str]) -> None:
         """Buffers, frozen parameters and 16-bit parameters of the model states, over the tensor parallel ranks."""
