@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from collectives.communicator import Communicator
-from parallel.execute import Executor, shards_of
+from parallel.execute import Results, execute
 from parallel.graph import Role
 from parallel.layout import Layout
 from parallel.plan import Plan
@@ -22,12 +22,10 @@ def drawn(grid: list[int], seed: int, dtype: str = "float64") -> Plan:
         return draw_plan(gpt(getattr(torch, dtype))[0].graph, mesh_of(*grid), random.Random(seed))
 
 
-def errors(comm: Communicator, plan: Plan, dtype: str = "float64") -> tuple[float, str]:
-    """Run a step of the training job's model; the largest error against one process, and of what."""
+def errors(comm: Communicator, plan: Plan, found: Results, dtype: str = "float64") -> tuple[float, str]:
+    """The largest error of what a step gave, against one process, and of what."""
     step, inputs = gpt(getattr(torch, dtype))
-    expected = step.graph.run(inputs)
-    found = Executor(plan, comm).run(shards_of(plan, inputs, comm.rank))
-    wrong = (0.0, "")
+    expected, wrong = step.graph.run(inputs), (0.0, "")
     for out, placed in zip(plan.graph.outputs, plan.ends, strict=True):
         everywhere = reshard(Layout(plan.mesh, placed), Layout.replicated(plan.mesh), out.value.shape, comm.size)
         whole, right = everywhere.run(comm, found[out.role, out.name]), expected[out.role, out.name]
@@ -39,11 +37,10 @@ def errors(comm: Communicator, plan: Plan, dtype: str = "float64") -> tuple[floa
 def step_of_processes(comm: Communicator, grid: list[int], seed: int) -> dict[str, Any]:
     """Run a plan; the bytes that this rank sent for the step alone, and its loss beside that of one process."""
     step, inputs = gpt(torch.float64)
-    plan = drawn(grid, seed)
-    executor, shards, before = Executor(plan, comm), shards_of(plan, inputs, comm.rank), comm.meter.total
-    found = executor.run(shards)
+    plan, before = drawn(grid, seed), comm.meter.total
+    found = execute(plan, comm, inputs)
     sent = comm.meter.total - before
-    error, of = errors(comm, plan)
+    error, of = errors(comm, plan, found)
     return {
         "sent": sent,
         "planned": sum(reshard.nbytes for reshard in plan.reshards),
