@@ -4,7 +4,7 @@
 contradicts whom. Pure functions of what was gathered, so that every rank comes to the same.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -56,6 +56,8 @@ class Holding(msgspec.Struct, frozen=True):
     state: Json
     tensors: dict[str, HeldTensor]
     layouts: tuple[dict[str, Any], ...]
+    unused: tuple[str, ...] = ()
+    """Names that have a layout and that nothing here fits; somebody else has to have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +106,7 @@ class Whole:
 
 
 def describe(state: Json, tensors: Mapping[str, tuple[str, tuple[int, ...]]], layouts: Layouts) -> Holding:
-    """What this rank has: `tensors` are dtype and shape by key.
-
-    Raises:
-        UsageError: a layout is named for what is not there.
-
-    """
+    """What this rank has: `tensors` are dtype and shape by key."""
     choose = chooser(layouts)
     numbers: dict[Layout, int] = {}
     held: dict[str, HeldTensor] = {}
@@ -117,7 +114,27 @@ def describe(state: Json, tensors: Mapping[str, tuple[str, tuple[int, ...]]], la
         chosen = choose(key)
         number = None if chosen is None else numbers.setdefault(chosen.layout, len(numbers))
         held[key] = HeldTensor(dtype, shape, number, None if chosen is None else chosen.shape)
-    return Holding(state, held, tuple(layout.to_json() for layout in numbers))
+    return Holding(state, held, tuple(layout.to_json() for layout in numbers), unused(layouts, tensors))
+
+
+def unused(layouts: Layouts, keys: Iterable[str]) -> tuple[str, ...]:
+    """The names of layouts that none of the keys fits."""
+    if not isinstance(layouts, Mapping):
+        return ()
+    fitting = {""}
+    for key in keys:
+        parts = key.split("/")
+        fitting.update("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return tuple(name for name in layouts if name not in fitting)
+
+
+def refuse_unused(names: Iterable[str], keys: Iterable[str]) -> None:
+    """Raise `LayoutMismatch` for layouts of what no rank has: misspelt, their tensors would pass for replicas."""
+    if idle := unused(dict.fromkeys(names, Layout.single()), keys):
+        raise mismatch(
+            "layouts are named for what no rank has; correct the names, or leave them out",
+            missing=dict.fromkeys(idle, ""),
+        )
 
 
 def merge(holdings: Mapping[int, Holding]) -> dict[str, Whole]:
@@ -128,6 +145,7 @@ def merge(holdings: Mapping[int, Holding]) -> dict[str, Whole]:
 
     """
     keys = dict.fromkeys(key for holding in holdings.values() for key in holding.tensors)
+    refuse_unused((name for holding in holdings.values() for name in holding.unused), keys)
     parsed = {rank: [Layout.from_json(data) for data in holding.layouts] for rank, holding in holdings.items()}
     found: dict[str, Whole] = {}
     wrong: dict[str, str] = {}

@@ -152,6 +152,8 @@ class _Opening(msgspec.Struct, frozen=True):
 
     step: int
     keys: list[str]
+    unused: tuple[str, ...]
+    """Names of layouts that nothing here fits."""
     error: str
 
 
@@ -200,12 +202,14 @@ class Loading:
         """All of it."""
         reader: Reader | None = None
         try:
-            opening, wanted = self._open(into, step)
+            opening, wanted = self._open(into, layouts, step)
             heard = {
                 rank: msgspec.json.decode(row, type=_Opening)
                 for rank, row in self._crew.gather(msgspec.json.encode(opening)).items()
             }
             raise_told(self._error, {rank: one.error for rank, one in heard.items()}, "load")
+            known = {key for one in heard.values() for key in one.keys}
+            holdings.refuse_unused((name for one in heard.values() for name in one.unused), known)
             reader, shards, misfits = self._look(heard[min(heard)].step, wanted, layouts, into)
             told = {
                 rank: msgspec.json.decode(row, type=_Misfits)
@@ -213,7 +217,6 @@ class Loading:
             }
             raise_told(self._error, {rank: one.error for rank, one in told.items()}, "load")
             assert reader is not None, "a rank that cannot read it has said so"
-            known = {key for one in heard.values() for key in one.keys}
             unexpected = tuple(key for key in reader.tensors if key not in known)
             self._judge(reader, told.values(), unexpected)
             targets = _all_targets(reader, wanted, shards)
@@ -224,7 +227,7 @@ class Loading:
             if reader is not None:
                 reader.close()
 
-    def _open(self, into: dict[str, Any], step: int | None) -> tuple[_Opening, dict[str, Tensor]]:
+    def _open(self, into: dict[str, Any], layouts: Layouts, step: int | None) -> tuple[_Opening, dict[str, Tensor]]:
         """What this rank wants, and the step that it would choose; the first rank's holds."""
         number = -1
         wanted: dict[str, Tensor] = {}
@@ -234,7 +237,7 @@ class Loading:
                 number = store.choose(self._named if step is None else step)
         except RingholdError as error:
             self._error = error
-        return _Opening(number, list(wanted), tell(self._error)), wanted
+        return _Opening(number, list(wanted), holdings.unused(layouts, wanted), tell(self._error)), wanted
 
     def _look(
         self, step: int, wanted: dict[str, Tensor], layouts: Layouts, into: dict[str, Any]

@@ -118,6 +118,9 @@ def test_targets_that_cannot_be_filled_are_refused_by_name(place: Path) -> None:
     ):
         with pytest.raises(LayoutMismatch, match=words):
             load(place, into(), layout)
+    with pytest.raises(LayoutMismatch, match="what no rank has") as caught:
+        load(place, into(), {"m": Layout.single(), "w": Layout.single()})
+    assert caught.value.missing == ("w",)
     with pytest.raises(LayoutMismatch, match="share one place in memory"):
         load(place, into(w=torch.zeros(1, 6).expand(4, 6)))
     with pytest.raises(UsageError, match="is on device meta"):

@@ -193,6 +193,7 @@ def test_contradictions_are_told_to_every_rank_by_name(tmp_path: Path) -> None:
     refused([{"w": good}, {"w": good}], flat, LayoutMismatch, "give the whole shape")
     refused([{"lr": 0.1, "w": good}, {"lr": 0.2, "w": good}], split, LayoutMismatch, "mismatched: lr")
     refused([{"w": good}, {"w": object()}], split, UsageError, "object")
+    refused([{"w": good}] * 2, {"v": split, "w": split, "w/x": split}, LayoutMismatch, "missing: v", "missing: w/x")
     refused([{"w": good, "0": {0: good, "0": good}}] * 2, None, UsageError, "two tensors")
 
 
