@@ -1,5 +1,7 @@
 """Operation headers: what each member says it is about to do, compared before any payload moves (rule R9)."""
 
+from collections.abc import Collection
+
 import msgspec
 
 from collectives.errors import ProtocolError
@@ -37,9 +39,14 @@ class Descriptor(msgspec.Struct, frozen=True, array_like=True):
         words += [f"as operation {self.seq}"]
         return ", ".join(words)
 
-    def issued_apart(self, other: "Descriptor") -> bool:
-        """Whether one was issued before a loss and the other after; shapes and roots may follow from the view."""
-        return bool(self.view and other.view and self.view != other.view and self.kind == other.kind)
+    def issued_apart(self, other: "Descriptor", members: Collection[int]) -> bool:
+        """Whether this was issued after a loss and the other before, or the other way round.
+
+        Their views tell, from which shapes and algorithms may follow; or the other's root, who is no member any more.
+        """
+        views_differ = self.view and other.view and self.view != other.view
+        root_gone = other.root and other.root not in members
+        return self.kind == other.kind and bool(views_differ or root_gone)
 
 
 def decode(data: bytes) -> Descriptor:

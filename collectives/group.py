@@ -314,14 +314,14 @@ class Group(Runner):
             while theirs != data:
                 other = descriptor.decode(theirs)
                 if other.seq >= seq:
-                    self._complain(mine, other, view.members[peer])
+                    self._complain(mine, other, view.members[peer], view.members)
                 # An older one: a member that saw a loss before we did told us that it does not take part.
                 theirs = transport.recv_note(peer, channel)
         lane.waiting_for = 0
 
-    def _complain(self, mine: Descriptor, theirs: Descriptor, other: int) -> None:
+    def _complain(self, mine: Descriptor, theirs: Descriptor, other: int, members: tuple[int, ...]) -> None:
         """Report the difference and give the attempt up; the verdict reaches every member."""
-        lost = mine.issued_apart(theirs) or theirs.seq > mine.seq
+        lost = mine.issued_apart(theirs, members) or theirs.seq > mine.seq
         message = Differs(mine.epoch, mine.lane, mine.seq, str(mine)[:2000], str(theirs)[:2000], other, lost)
         with self._session.changed:
             self._session.post(self._session.core.complain(message))
