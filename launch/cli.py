@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ckpt": ("launch.ckpt:command", "Look at checkpoints, prove them, tidy them, convert them."),
     "churn": ("launch.churn:command", "Strike the processes of a run by a seeded plan, and check every result."),
     "lab": ("launch.lab:command", "Run a command on each host of an emulated network, and cut its cables."),
+    "report": ("launch.report:command", "Show what happened in a run as a page to look at."),
     "trace": ("launch.trace:command", "Join the traces of a run's members in one file."),
     "signatures": ("launch.signatures:command", "Prove which placements each operation takes and gives."),
     "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),

@@ -4,6 +4,7 @@ Used by `launch.cli` and by the modules that are run with `python -m`.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -65,3 +66,8 @@ def _sentence(error: click.ClickException) -> str:
 
 def _complain(message: str) -> None:
     print(f"ringhold: error: {message}", file=sys.stderr)
+
+
+def replay(subcommand: str) -> str:
+    """The command line of this process, as a user would give it again. Tokens are never in it."""
+    return shlex.join(["ringhold", *([] if subcommand in sys.argv[1:2] else [subcommand]), *sys.argv[1:]])

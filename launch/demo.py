@@ -3,6 +3,7 @@
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -41,6 +42,7 @@ def command(seed: int, dtype: str, out: Path | None, as_json: bool, quiet: bool)
     chosen = ["--peers", str(PEERS), "--steps", str(STEPS), "--churn", CHURN, "--pace", str(PACE)]
     chosen += ["--seed", str(seed), "--dtype", dtype, "--out", str(folder), *(["--quiet"] if quiet else [])]
     request = train.make_request(None, **train.options(chosen))
+    request = replace(request, command="demo", replay=f"ringhold demo --seed {seed} --dtype {dtype}")
     return train.conclude(request, None, as_json=as_json, reference=True, control=True)
 
 

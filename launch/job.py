@@ -35,6 +35,7 @@ eval: `member`, `step`, `loss` of held-out text.
 checkpoint: `member`, `step`, `url` of the store, `bytes` of the state, of these `written`, ranks that were `lost`
 meanwhile, `seconds`.
 evicted: `member`, `message`. The peer joins again.
+traffic: `member`, bytes of tensors that it has sent, `to` each member.
 left: `member`, `step`. It departed in order, as asked.
 late: the run was over before this peer could take part.
 sample: `text` that the trained model wrote. From the first rank only.
@@ -273,6 +274,7 @@ class Membership:
                 break
         rank = comm.rank
         self.ledger.write(Done(trainer.step, digest))
+        self.report("traffic", to=comm.meter.to)
         # Everybody has passed the last step's barrier: nobody's departure can make another repeat anything.
         comm.leave()
         text = self._write_sample() if rank == 0 else ""

@@ -4,7 +4,7 @@ Called by `launch.summary` once the run itself is over. Imports torch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from collectives.errors import UsageError
 from launch import ledger, reference
@@ -25,6 +25,11 @@ class Proofs:
     """Attempts of steps that lost a member and were repeated."""
     epochs: int = 0
     """Membership epochs in which steps were committed."""
+    first_step: int = 0
+    losses: tuple[float, ...] = ()
+    """Of every step from `first_step` on."""
+    reference: tuple[float, ...] = ()
+    """Of the fault-free run, where there is one."""
 
 
 def prove(config: JobConfig, *, against_reference: bool, control: bool, tell: Tell) -> Proofs:
@@ -37,9 +42,16 @@ def prove(config: JobConfig, *, against_reference: bool, control: bool, tell: Te
     except UsageError as error:
         return Proofs((Check("ledger", False, str(error)),))
     checks = [_ledger(report, config)]
-    facts = (report.losses[-1] if report.losses else None, None, report.repeated, report.epochs)
+    found = Proofs(
+        tuple(checks),
+        report.losses[-1] if report.losses else None,
+        repeated=report.repeated,
+        epochs=report.epochs,
+        first_step=report.first_step,
+        losses=tuple(report.losses),
+    )
     if not against_reference:
-        return Proofs(tuple(checks), *facts)
+        return found
     tell(f"running the reference: {config.steps} steps in one process, without faults")
     undisturbed = reference.run(config)
     compared = reference.compare(report.losses, undisturbed.losses, config.dtype)
@@ -50,7 +62,7 @@ def prove(config: JobConfig, *, against_reference: bool, control: bool, tell: Te
         checks.append(_bits(report.hash, undisturbed.hash))
     if control:
         checks.append(_control(config, undisturbed))
-    return Proofs(tuple(checks), facts[0], last, *facts[2:])
+    return replace(found, checks=tuple(checks), reference_loss=last, reference=undisturbed.losses)
 
 
 def _ledger(report: ledger.LedgerReport, config: JobConfig) -> Check:

@@ -48,6 +48,9 @@ class Request:
     timeout: float = 3600.0
     stall: float = 120.0
     quiet: bool = False
+    command: str = "train"
+    replay: str = ""
+    """The command that does the same again."""
 
     @property
     def out(self) -> Path:
@@ -169,16 +172,18 @@ def _supervise(
     step = 0
     with display.choose(request.config.steps, request.quiet) as shown:
 
-        def observe(entry: Entry) -> None:
+        def observe(seen: Entry) -> None:
             nonlocal step
-            log(entry)
-            shown(entry)
-            if meeting is not None and entry["type"] == "progress" and entry["step"] > step:
-                step = entry["step"]
+            log(seen)
+            shown(seen)
+            if meeting is not None and seen["type"] == "progress" and seen["step"] > step:
+                step = seen["step"]
                 meeting.progress(step)
-            if on_listening is not None and entry["type"] == "listening":
-                on_listening(entry["address"])
+            if on_listening is not None and seen["type"] == "listening":
+                on_listening(seen["address"])
 
+        if spec.slots[0] == 0:
+            log(entry("supervisor", "run", command=request.command, seed=request.config.seed, replay=request.replay))
         try:
             words = [Path(sys.argv[0]).name, *sys.argv[1:]]
             observe(entry("supervisor", "run", command="train", seed=request.config.seed, replay=shlex.join(words)))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launch import display, proofs, verdict
-from launch.record import Entry, RunRecord, read_log
+from launch.record import Entry, RunLog, RunRecord, entry, read_log
 from launch.session import Outcome, Request
 from launch.timeline import Recovery, recoveries
 
@@ -28,11 +28,21 @@ def conclude(outcome: Outcome, request: Request, *, as_json: bool, reference: bo
     recovered = recoveries(record.faults, log)
     summary = _summary(request, record, checks, proven, recovered, log, code)
     (request.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _log_verdict(request, checks, proven, code)
     if as_json:
         print(json.dumps(summary))
     else:
         _print(summary, record, recovered, checks)
     return code
+
+
+def _log_verdict(request: Request, checks: list[verdict.Check], proven: proofs.Proofs, code: int) -> None:
+    """The log ends with what came of the run: `launch.report` needs no other file."""
+    log = RunLog(request.out / "run.jsonl")
+    told = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks]
+    losses = {"first_step": proven.first_step, "losses": proven.losses, "reference": proven.reference}
+    log(entry("supervisor", "verdict", passed=code == 0, checks=told, **losses))
+    log.close()
 
 
 def _logs(request: Request) -> list[Entry]:

@@ -153,6 +153,7 @@ def make_request(launcher: Launcher | None, **given: Any) -> session.Request:
         timeout=given["timeout"],
         stall=given["stall_timeout"],
         quiet=given["quiet"],
+        replay=console.replay("train"),
     )
 
 

@@ -90,7 +90,7 @@ def test_one_peer_alone_has_the_bits_of_the_reference_and_tells_its_story(tmp_pa
     assert result is not None
     assert result.losses == reference.run(config).losses
     kinds = [event["event"] for event in events]
-    assert kinds == ["joined", "synced", *["step"] * 10, "eval", *["step"] * 10, "eval", "sample", "done"]
+    assert kinds == ["joined", "synced", *["step"] * 10, "eval", *["step"] * 10, "eval", "traffic", "sample", "done"]
     assert [event["step"] for event in of_kind(events, "step")] == list(range(1, 21))
     assert all(event["loss"] < 6 and event["size"] == 1 and not event["repeats"] for event in of_kind(events, "step"))
     assert of_kind(events, "eval")[-1]["loss"] < of_kind(events, "eval")[0]["loss"]
