@@ -52,6 +52,20 @@ class Whole:
     shape: tuple[int, ...]
 
 
+class Spread:
+    """Items spread over files, each into the one of a range of files that has the fewest bytes so far."""
+
+    def __init__(self, count: int) -> None:
+        self.files: list[list[Item]] = [[] for _ in range(count)]
+        self._loads = [0] * count
+
+    def add(self, item: Item, among: range) -> None:
+        """Put an item into one of the files `among`."""
+        number = min(among, key=self._loads.__getitem__)
+        self.files[number].append(item)
+        self._loads[number] += item.value.nbytes if isinstance(item.value, Saved) else 0
+
+
 def write_files(output: Output, files: Mapping[str, Sequence[Item]]) -> list[Place]:
     """Write files, by name, several at once, and say where every item lies."""
 

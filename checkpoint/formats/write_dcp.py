@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.convert import WriteOptions
-from checkpoint.formats.dcp_files import Item, StatePath, Whole, metadata, write_files
+from checkpoint.formats.dcp_files import Item, Spread, StatePath, Whole, metadata, write_files
 from checkpoint.formats.output import Output
 from checkpoint.formats.read_dcp import LIFTED
 from checkpoint.source import WEIGHTS, Entry, Source, states_by_name, weight_key
@@ -42,14 +42,15 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
     values = dict(_values(source))
     stepped = {name for group in source.groups for name in group.names}
     per_rank = -(-max(_FILES, sum(entry.nbytes for entry in tensors.values()) // _FILE_BYTES) // ranks)
-    files: list[list[Item]] = [[] for _ in range(ranks * per_rank)]
+    spread = Spread(ranks * per_rank)
     for path, entry in tensors.items():
         parts = ranks if entry.name in stepped or not stepped else 1
         for rank, box in enumerate(_boxes(entry.shape, parts)):
             item = Item(_key(path), saved_box(source, entry, box, progress), box)
-            min(files[rank * per_rank : (rank + 1) * per_rank], key=_load).append(item)
-    files[0] += [Item(_key(path), value) for path, value in values.items()]
-    named = {f"__{n // per_rank}_{n % per_rank}.distcp": items for n, items in enumerate(files) if items}
+            spread.add(item, range(rank * per_rank, (rank + 1) * per_rank))
+    for path, value in values.items():
+        spread.add(Item(_key(path), value), range(1))
+    named = {f"__{n // per_rank}_{n % per_rank}.distcp": items for n, items in enumerate(spread.files) if items}
     places = write_files(Output(folder, options.journal, progress), named)
     other = {_key(("model", alias)): _key(("model", owner)) for alias, owner in aliases.items()}
     paths = {_key(path): path for path in (*tensors, *values, *(("model", alias) for alias in aliases))}
@@ -59,10 +60,6 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
 
 def _key(path: StatePath) -> str:
     return ".".join(map(str, path))
-
-
-def _load(items: list[Item]) -> int:
-    return sum(item.value.nbytes for item in items)
 
 
 def _tensors(source: Source, aliases: Mapping[str, str]) -> Iterator[tuple[StatePath, Entry]]:

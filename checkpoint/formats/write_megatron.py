@@ -24,7 +24,7 @@ from pathlib import Path
 
 from checkpoint.convert import WriteOptions
 from checkpoint.formats import megatron_keys
-from checkpoint.formats.dcp_files import Item, Whole, metadata, write_files
+from checkpoint.formats.dcp_files import Item, Spread, Whole, metadata, write_files
 from checkpoint.formats.megatron_common import common
 from checkpoint.formats.output import Output
 from checkpoint.source import FP32, PARAM, STEP, WEIGHTS, Entry, Source, states_by_name, weight_key
@@ -73,16 +73,19 @@ def write(source: Source, folder: Path, options: WriteOptions, progress: Callabl
     sizes = _sizes(options.layout)
     stacks, aliases = _stacks(source)
     ranks = math.prod(sizes.values())
-    files: list[list[Item]] = [[] for _ in range(ranks if options.layout else _FILES)]
+    spread = Spread(ranks if options.layout else _FILES)
     for stack in stacks.values():
         for item, rank in _items(source, stack, sizes, progress):
-            (files[rank] if options.layout else min(files, key=_load)).append(item)
-    files[0] += _extra_states(stacks)
+            spread.add(item, range(rank, rank + 1) if options.layout else range(_FILES))
+    for item in _extra_states(stacks):
+        spread.add(item, range(1))
     step = int(source.extras.get("iteration") or 0)
     inside = folder / f"iter_{step:07d}"
     inside.mkdir(exist_ok=True)
     output = Output(folder, options.journal, progress)
-    places = write_files(output, {f"{inside.name}/__{n}_0.distcp": items for n, items in enumerate(files) if items})
+    places = write_files(
+        output, {f"{inside.name}/__{n}_0.distcp": items for n, items in enumerate(spread.files) if items}
+    )
     wholes = {key: stack.whole for key, stack in stacks.items()}
     (inside / ".metadata").write_bytes(metadata(wholes, places, None, aliases))
     output.write(f"{inside.name}/common.pt", [common(source, step)], "common")
@@ -96,10 +99,6 @@ def _sizes(layout: Mapping[str, int]) -> dict[str, int]:
     if strangers := sorted(set(layout) - set(_AXES) - {"dp", "cp"}):
         raise UsageError(f"a layout of Megatron has the axes tp, pp, ep (and dp, cp), not {', '.join(strangers)}")
     return {axis: layout.get(axis, 1) for axis in _AXES}
-
-
-def _load(items: list[Item]) -> int:
-    return sum(item.value.nbytes for item in items)
 
 
 def _stacks(source: Source) -> tuple[dict[str, _Stack], dict[str, str]]:
