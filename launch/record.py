@@ -97,11 +97,12 @@ class RunLog:
 
     - supervisor: `run` (first; command, seed, replay: the words that run it again), `started` (peer, pid, spare),
       `fault` (fault: its number, what, peer; step in a training run, aim in churn), `woken` (peer), `rate` (churn: each
-      second, operations finished and members at work), `signal`, `timeout`, `verdict` (churn, last; passed, report);
+      second, operations finished and members at work), `signal`, `timeout`, `verdict` (last; passed; training: checks,
+      first_step, losses, reference; churn: report);
     - peers: `joined` (member, epoch), `event` (of the membership: event is fenced, epoch with members, lost and joined,
-      ready, recovered, evicted or left), `evicted`, `left`, `exit` or `gone` (code), `error` or `failed`;
-      training: `progress` (step, loss), `eval`, `done`; churn: `synced` (member, givers, healed), `saved`, `held`,
-      `flipped`.
+      ready, recovered, evicted or left), `evicted`, `left`, `exit` or `gone` (code), `error` or `failed`, `synced`;
+      training: `progress` (step, loss), `eval`, `checkpoint` (step, url), `traffic` (to: bytes by member), `done`;
+      churn: `saved`, `held`, `flipped`.
     """
 
     def __init__(self, path: Path) -> None:

@@ -6,7 +6,6 @@ and meets the supervisors of the others in `launch.rendezvous`, where rank 0 jud
 
 import os
 import secrets
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -185,8 +184,6 @@ def _supervise(
         if spec.slots[0] == 0:
             log(entry("supervisor", "run", command=request.command, seed=request.config.seed, replay=request.replay))
         try:
-            words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            observe(entry("supervisor", "run", command="train", seed=request.config.seed, replay=shlex.join(words)))
             return Supervisor(spec, observe).run()
         finally:
             log.close()
