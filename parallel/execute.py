@@ -10,15 +10,15 @@ graph changes nothing in place, so a step that lost a member has left its inputs
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
-from parallel.bundle import Bundle, bundle
+from parallel.bundle import bundle
 from parallel.graph import Node, Phase, Role, Value
 from parallel.layout import Broadcast, Layout
 from parallel.plan import Placements, Plan, Sharding
@@ -64,40 +64,21 @@ def execute(plan: Plan, comm: Communicator, inputs: Mapping[str, Tensor]) -> Res
     return Executor(plan, comm).run(shards_of(plan, inputs, comm.rank))
 
 
-class _Action(Protocol):
-    """Something that a rank does: takes tensors from places of its memory and puts others there."""
-
-    def run(self, comm: Communicator, memory: list[Tensor | None]) -> None: ...
+_Work: TypeAlias = Callable[[Communicator, list[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """An operation on local shards."""
+class _Action:
+    """An operation on local shards, or reshards that are run as one: takes tensors from places of the rank's memory,
+    puts others there, and lets go of what nobody needs any more."""
 
-    function: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    work: _Work
     takes: tuple[int, ...]
     gives: tuple[int, ...]
-    frees: tuple[int, ...]
+    frees: tuple[int, ...] = ()
 
     def run(self, comm: Communicator, memory: list[Tensor | None]) -> None:
-        results = self.function([_there(memory, place) for place in self.takes])
-        for place, result in zip(self.gives, results, strict=True):
-            memory[place] = result
-        for place in self.frees:
-            memory[place] = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """Reshards that are run as one operation."""
-
-    bundle: Bundle
-    takes: tuple[int, ...]
-    gives: tuple[int, ...]
-    frees: tuple[int, ...]
-
-    def run(self, comm: Communicator, memory: list[Tensor | None]) -> None:
-        results = self.bundle.run(comm, [_there(memory, place) for place in self.takes])
+        results = self.work(comm, [_there(memory, place) for place in self.takes])
         for place, result in zip(self.gives, results, strict=True):
             memory[place] = result
         for place in self.frees:
@@ -196,31 +177,28 @@ class Executor:
         return self._places.setdefault((value.name, placed), len(self._places))
 
     def _compile(self) -> tuple[_Action, ...]:
-        plan = self.plan
-        made: list[tuple[Callable[..., _Action], tuple[int, ...], tuple[int, ...]]] = []
-        left = list(self._needs)
+        plan, made = self.plan, list[_Action]()
+        left, first = self._needs, {need.at for need in self._needs}
         for at in range(len(plan.graph.nodes) + 1):
-            now = [need for need in left if need.at == at]
-            if any(need.late for need in now):
-                now = [need for need in left if need.at == at or (need.late and need.since < at)]
-            left = [need for need in left if need not in now]
-            made += map(self._moving, _bundled(plan, self._comm.size, now))
+            if at in first:
+                late = any(need.late for need in left if need.at == at)
+                now = [need for need in left if need.at == at or (late and need.late and need.since < at)]
+                left = [need for need in left if need not in now]
+                made += map(self._moving, _bundled(plan, self._comm.size, now))
             if at < len(plan.graph.nodes):
                 made.append(self._calling(plan.graph.nodes[at], plan.nodes[at]))
         return tuple(self._freeing(made))
 
-    def _moving(self, needs: list[_Need]) -> tuple[Callable[..., _Action], tuple[int, ...], tuple[int, ...]]:
-        changes = tuple(_change(self.plan, need, self._comm.size) for need in needs)
+    def _moving(self, needs: list[_Need]) -> _Action:
         takes = tuple(self._at(need.value, self.plan.made[need.value.name]) for need in needs)
         gives = tuple(self._at(need.value, need.wanted) for need in needs)
-        put_together = bundle(changes)
-        return lambda *where: _Move(put_together, *where), takes, gives
+        return _Action(bundle(tuple(_change(self.plan, need, self._comm.size) for need in needs)).run, takes, gives)
 
-    def _calling(self, node: Node, how: Sharding) -> tuple[Callable[..., _Action], tuple[int, ...], tuple[int, ...]]:
+    def _calling(self, node: Node, how: Sharding) -> _Action:
         function = self._local(node, how)
         takes = tuple(self._at(value, placed) for value, placed in zip(node.inputs, how.inputs, strict=True))
         gives = tuple(self._at(value, placed) for value, placed in zip(node.outputs, how.outputs, strict=True))
-        return lambda *where: _Call(function, *where), takes, gives
+        return _Action(lambda _comm, tensors: function(tensors), takes, gives)
 
     def _local(self, node: Node, how: Sharding) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
         """How the node runs on this rank's shards."""
@@ -232,22 +210,19 @@ class Executor:
         ]
         return localize(node, signatures, self.plan.mesh, self._comm.rank)
 
-    def _freeing(
-        self, made: list[tuple[Callable[..., _Action], tuple[int, ...], tuple[int, ...]]]
-    ) -> Iterator[_Action]:
+    def _freeing(self, made: list[_Action]) -> Iterator[_Action]:
         """The actions, each of which lets go of what none after it takes and is no output."""
-        kept = {
-            self._at(out.value, placed) for out, placed in zip(self.plan.graph.outputs, self.plan.ends, strict=True)
-        }
+        outputs = zip(self.plan.graph.outputs, self.plan.ends, strict=True)
+        kept = {self._at(out.value, placed) for out, placed in outputs}
         last: dict[int, int] = {}
-        for at, (_, takes, gives) in enumerate(made):
-            last.update(dict.fromkeys((*gives, *takes), at))
+        for at, action in enumerate(made):
+            last.update(dict.fromkeys((*action.gives, *action.takes), at))
         over: dict[int, list[int]] = {}
         for place, at in last.items():
             if place not in kept:
                 over.setdefault(at, []).append(place)
-        for at, (make, takes, gives) in enumerate(made):
-            yield make(takes, gives, tuple(over.get(at, ())))
+        for at, action in enumerate(made):
+            yield replace(action, frees=tuple(over.get(at, ())))
 
 
 def _needs(plan: Plan) -> Iterator[_Need]:
