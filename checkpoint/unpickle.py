@@ -11,6 +11,7 @@ import collections
 import pickle
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
 from typing import Any
 
@@ -174,6 +175,16 @@ def _default_dict(*_factory: Any) -> dict[Any, Any]:
     return {}
 
 
+def _object(kind: Any, *_rest: Any) -> Any:
+    """`copyreg._reconstructor`: an object without state."""
+    if not (isinstance(kind, type) and issubclass(kind, Opaque)):
+        raise CorruptFile("an object in a pickle is of no known class")
+    return kind()
+
+
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Names of modules as protocols 0 to 2 write them, which torch uses."""
+
 _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -182,6 +193,7 @@ _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     ("torch", "Size"): _shape,
+    ("copyreg", "_reconstructor"): _object,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): _default_dict,
     ("builtins", "set"): set,
@@ -251,6 +263,7 @@ class _Restricted(pickle.Unpickler):
         return self.kinds[key]
 
     def _find(self, module: str, name: str) -> Any:
+        module = _PYTHON_2.get(module, module)
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
         if module == "torch" and name in TORCH:
@@ -298,28 +311,58 @@ def loads(data: bytes, where: str) -> Any:
         raise CorruptFile(f"{where}: not a whole pickle ({type(error).__name__}: {error})") from None
 
 
-_LARGE_MEMO = re.compile(rb"r[\x00-\xff]{2}[\x10-\xff][\x00-\xff]|r[\x00-\xff]{3}[\x01-\xff]|p\d{7}")
+_PLAIN = rb"[(012NQRabd}el\]ost)u\x81\x85-\x89\x8f-\x94\x97\x98]|[Khq\x80\x82].|[M\x83]..|[Jj\x84].{4}|[G\x95].{8}"
+"""Opcodes with arguments of a fixed length, but for the one that numbers a value in the memo (`r`)."""
+_COUNTED = {ord("U"): 1, ord("C"): 1, 0x8A: 1, 0x8C: 1, ord("T"): 4, ord("X"): 4, ord("B"): 4, 0x8B: 4, 0x8D: 8, 0x8E: 8, 0x96: 8}  # fmt: skip # noqa: E501
+"""Opcodes whose argument begins with its length, of so many bytes."""
+_LINES = {**dict.fromkeys(b"FILSVPgp", 1), **dict.fromkeys(b"ci", 2)}
+"""Opcodes whose arguments are lines."""
 
 
 def _refuse_huge_memo(data: bytes, where: str) -> None:
     """Refuse a pickle that numbers a value beyond its own length: the table of these would fill the memory.
 
-    Few pickles have bytes that look like such a number, and only those are walked.
+    Walks the opcodes, runs of those of a fixed length at once: a pickle of megabytes takes a fraction of a second.
+    What is no opcode is left to the unpickler to refuse.
     """
-    if not _LARGE_MEMO.search(data):
-        return
-    import pickletools
+    run, at, end = _run(len(data)), 0, len(data)
+    while True:
+        match = run.match(data, at)
+        at = match.end() if match else at
+        if at >= end or data[at] == ord("."):
+            return
+        code = data[at]
+        if code in _COUNTED:
+            start = at + 1 + _COUNTED[code]
+            at = start + int.from_bytes(data[at + 1 : start], "little")
+        elif code in _LINES:
+            start = at + 1
+            for _ in range(_LINES[code]):
+                at = data.find(b"\n", at) + 1
+                if not at:
+                    return
+            if code == ord("p") and data[start : at - 1].strip().isdigit() and int(data[start : at - 1]) > end:
+                raise _huge(data[start : at - 1].decode(), where)
+        elif code == ord("r"):
+            raise _huge(str(int.from_bytes(data[at + 1 : at + 5], "little")), where)
+        else:
+            return
 
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
-                raise CorruptFile(
-                    f"{where}: the pickle asks for a table of {argument} values; it is damaged or an attack"
-                )
-    except CorruptFile:
-        raise
-    except Exception as error:
-        raise CorruptFile(f"{where}: not a whole pickle ({error})") from None
+
+@cache
+def _runs(high: bytes) -> re.Pattern[bytes]:
+    return re.compile(rb"(?:" + _PLAIN + rb"|r" + high + rb")*+", re.DOTALL)
+
+
+def _run(length: int) -> re.Pattern[bytes]:
+    """Opcodes of a fixed length, numbers of the memo up to about `length` among them."""
+    if length < 1 << 24:
+        return _runs(b"..[\x00-\\x%02x]\x00" % (length >> 16))
+    return _runs(b"...[\x00-\\x%02x]" % min(255, length >> 24))
+
+
+def _huge(number: str, where: str) -> CorruptFile:
+    return CorruptFile(f"{where}: the pickle asks for a table of {number} values; it is damaged or an attack")
 
 
 @dataclass

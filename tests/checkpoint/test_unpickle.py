@@ -79,6 +79,16 @@ def test_classes_of_the_libraries_become_records_and_are_not_imported() -> None:
     assert "megatron" not in sys.modules
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_objects_and_sets_of_every_protocol(protocol: int) -> None:
+    import argparse
+
+    whole = pickle.dumps({"args": argparse.Namespace(layers=3), "set": {1, 2}}, protocol)
+    value = loads(whole, "args")
+    assert value["set"] == {1, 2}
+    assert value["args"].get("layers") == 3
+
+
 def test_attributes_of_records_do_not_reach_the_interpreter() -> None:
     """A record's state may set any attribute; none of them is looked up when it is read."""
     data = b"\x80\x02cargparse\nNamespace\n)\x81}(S'__class__'\nS'x'\nS'__reduce__'\nS'y'\nub."
@@ -92,6 +102,21 @@ def test_a_huge_memo_is_refused_before_it_is_made() -> None:
         loads(b"\x80\x02]r" + struct.pack("<I", 0x7FFFFFFF) + b".", "bomb")
     with pytest.raises(CorruptFile, match="table of 99999999"):
         loads(b"(lp99999999\n.", "bomb")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_huge_memo_is_found_behind_every_kind_of_value(protocol: int) -> None:
+    value = {
+        "numbers": [1, -5, 70000, 1 << 80, 1 << 3000, 2.5, None, True, *range(300)],
+        "texts": ["short", "r\xff\xff\xff\xff" * 100, *map(str, range(300))],
+        "bytes": [b"r" * 10, b"p99999999\n" * 100, bytearray(b"r....")],
+        "others": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {5}, frozenset({6})],
+    }
+    whole = pickle.dumps(value, protocol)
+    assert loads(whole, "good") == value
+    for bomb in (b"r\xff\xff\xff\x7f.", b"p4000000000\n."):
+        with pytest.raises(CorruptFile, match="asks for a table"):
+            loads(whole[:-1] + bomb, "bomb")
 
 
 def test_references_that_unfold_are_refused() -> None:
