@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from collectives.errors import UsageError
+from collectives.errors import StateLost, UsageError
 from collectives.state import state_hash
 from launch.config import JobConfig
 from launch.job import Membership, PeerResult
@@ -20,6 +20,7 @@ from launch.ledger import Commit, Samples
 from launch.trainer import Trainer
 from parallel.capture import capture
 from parallel.clipping import clipped
+from parallel.execute import Results
 from parallel.graph import Graph, Role
 from parallel.layout import Mesh, parse_placement
 from parallel.plan import Placements, Plan
@@ -59,7 +60,7 @@ class PlannedMembership(Membership):
         given = self._given(step)
         while True:
             self.ledger.write(Samples(step, attempt, self.comm.epoch, self._samples(step)))
-            results = self._training.attempt(given)
+            results = self._attempted(given)
             if results is not None:
                 break
             attempt += 1
@@ -79,6 +80,14 @@ class PlannedMembership(Membership):
             self.report("eval", step=step + 1, loss=self._evaluate())
         if not self._training.plan.collectives:
             self.comm.barrier()  # a plan that sends nothing would not notice who is gone
+
+    def _attempted(self, given: Mapping[str, Tensor]) -> Results | None:
+        try:
+            return self._training.attempt(given)
+        except StateLost as error:
+            store = self.config.checkpoint
+            way = f"--resume {store} goes on from there" if store else "--checkpoint STORE would have saved one"
+            raise StateLost(f"{error}: {way}") from None
 
     def _checkpoint(self) -> None:
         """Save the state, if it is time to. The store's files are those of any job: a resume need not be planned."""

@@ -17,6 +17,9 @@ from parallel.cells import Piece, cells_of, pieces
 from parallel.layout import Layout, Mesh, Shard
 from parallel.reshard import Change, flows_of, reshard, schedule_of
 
+_MOST_TOLD = 6
+"""Tensors that an error names."""
+
 
 def buddy(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
     """Where the second copies of a tensor's shards live: the same layout with every rank's place one further.
@@ -139,10 +142,12 @@ def _refuse_if_lost(sources: Mapping[str, tuple[Piece, ...]]) -> None:
     lost = {name: [p.shard for p in found if not p.terms[0]] for name, found in sources.items()}
     lost = {name: shards for name, shards in lost.items() if shards}
     if lost:
-        listing = ", ".join(
+        told = [
             f"{name} ({sum(shard.size for shard in shards)} of {sum(p.shard.size for p in sources[name])} elements)"
             for name, shards in sorted(lost.items())
-        )
+        ]
+        more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+        listing = ", ".join(told[:_MOST_TOLD]) + more
         raise StateLost(
             f"only members that are gone held parts of {listing}; read the last checkpoint, or keep second copies "
             "(redundancy 1) to carry such state over in memory"
