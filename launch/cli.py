@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "trace": ("launch.trace:command", "Join the traces of a run's members in one file."),
     "signatures": ("launch.signatures:command", "Prove which placements each operation takes and gives."),
     "coordinator": ("launch.coordinator:command", "Run a coordinator alone, in the foreground."),
+    "top": ("launch.top:command", "Show what the members of a running job do."),
     "doctor": ("launch.doctor:command", "Check what works on this machine, or look into a running job."),
 }
 """Name of each subcommand: where it is, and its line in the help."""

@@ -1,14 +1,17 @@
 """`ringhold coordinator`: the coordinator in a process of its own, by hand or as the child of a supervisor."""
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from collectives.errors import RingholdError, UsageError
+from collectives.membership.protocol import Status
 from collectives.membership.server import run_coordinator
 from collectives.membership.wire import load_token
 from collectives.options import Options
@@ -36,7 +39,16 @@ from launch.child import REPORT_FD, Link
 @click.option("--heartbeat-timeout", type=float, help="Seconds after which a silent member is lost.  [default: 2]")
 @click.option("--tls-cert", help="Certificate chain; with --tls-key, peers must speak TLS.")
 @click.option("--tls-key", help="Private key of the certificate.")
-def command(listen: str, run_name: str, journal: Path | None, new: bool, token_file: str | None, **options: Any) -> int:
+@click.option("--http", metavar="HOST:PORT", help="Serve a page and Prometheus metrics (/metrics) there, read-only.")
+def command(
+    listen: str,
+    run_name: str,
+    journal: Path | None,
+    new: bool,
+    token_file: str | None,
+    http: str | None,
+    **options: Any,
+) -> int:
     """Run a coordinator alone, in the foreground, until Ctrl-C or SIGTERM.
 
     The run's token comes from RINGHOLD_TOKEN, or from a file. Every option of the membership also has an environment
@@ -55,16 +67,18 @@ def command(listen: str, run_name: str, journal: Path | None, new: bool, token_f
         chosen = Options.resolve({name: value for name, value in options.items() if value is not None})
         token = _token(token_file)
         try:
-            run_coordinator(
-                host,
-                port,
-                path,
-                run=run_name,
-                token=token,
-                options=chosen,
-                new=new,
-                ready=lambda port: _ready(link, console.join_address(host, port), run_name),
-            )
+            with _watched(http) as watcher:
+                run_coordinator(
+                    host,
+                    port,
+                    path,
+                    run=run_name,
+                    token=token,
+                    options=chosen,
+                    new=new,
+                    ready=lambda port: _ready(link, console.join_address(host, port), run_name),
+                    watcher=watcher,
+                )
         except UsageError:
             # The address could not be had: leave no journal behind, so that the same command can be repeated.
             _remove_unused(path, new)
@@ -74,6 +88,20 @@ def command(listen: str, run_name: str, journal: Path | None, new: bool, token_f
             link.report("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
         raise
     return 0
+
+
+@contextlib.contextmanager
+def _watched(address: str | None) -> Iterator[Callable[[Status], None] | None]:
+    """Serve the live page while it lasts, if it was asked for."""
+    if address is None:
+        yield None
+        return
+    from launch.live_page import LivePage
+
+    host, port = console.split_address(address, "--http")
+    with LivePage(host, port) as page:
+        print(f"live page at http://{console.join_address(host, page.port)}/", file=sys.stderr, flush=True)
+        yield page.tell
 
 
 def _check_journal(path: Path, new: bool) -> None:

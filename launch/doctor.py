@@ -12,6 +12,7 @@ from collectives.membership.wire import load_token
 from collectives.options import Options
 from launch import attach, console, machine
 from launch.display import print_table
+from launch.vitals import HEADINGS, Watch
 
 
 @click.command("doctor")
@@ -50,18 +51,9 @@ def _examine(as_json: bool) -> int:
 
 
 def _print_status(status: Status) -> None:
-    change = f", changing to epoch {status.change}" if status.change else ""
-    print(f"run {status.run!r}: epoch {status.epoch}{change}, {len(status.members)} members, {status.waiting} waiting")
-    rows = []
-    for member in status.members:
-        rank = str(member.rank) if member.rank >= 0 else "-"
-        who = (str(member.member), rank, member.state, f"{member.age:.1f} s ago")
-        for lane in member.lanes:
-            waits = f"member {lane.waiting_for}" if lane.waiting_for else "-"
-            rows.append((*who, lane.lane, f"{lane.kind} {lane.seq}", f"{lane.phase} for {lane.seconds:.1f} s", waits))
-        if not member.lanes:
-            rows.append((*who, "-", "-", "-", "-"))
-    print_table(("member", "rank", "state", "heard", "lane", "operation", "phase", "waits for"), rows)
+    vitals = Watch().look(status)
+    print(vitals.headline())
+    print_table(HEADINGS[:-1], [row.cells()[:-1] for row in vitals.rows])
 
 
 if __name__ == "__main__":

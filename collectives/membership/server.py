@@ -15,7 +15,7 @@ from pathlib import Path
 from collectives.errors import JournalError, ProtocolError, RingholdError, UsageError
 from collectives.membership.coordinator import Action, Close, Coordinator, Persist, Send, Stop
 from collectives.membership.journal import Journal
-from collectives.membership.protocol import NONCE_BYTES, Decision, Evict, FromPeer, Prepared, decode_from_peer
+from collectives.membership.protocol import NONCE_BYTES, Decision, Evict, FromPeer, Prepared, Status, decode_from_peer
 from collectives.membership.wire import HANDSHAKE_SECONDS, Channel, accept, public_nonce, server_tls
 from collectives.options import Options
 
@@ -37,11 +37,22 @@ class CoordinatorServer:
         run: name of the run; peers of another are refused.
         token: the shared secret.
         options: timeouts, founders, TLS.
+        watcher: told several times a heartbeat what the run does; must not block.
 
     """
 
-    def __init__(self, host: str, port: int, journal: Journal, run: str, token: bytes, options: Options) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        journal: Journal,
+        run: str,
+        token: bytes,
+        options: Options,
+        watcher: Callable[[Status], None] | None = None,
+    ) -> None:
         self.host, self.port = host, port
+        self._watcher = watcher
         self._journal = journal
         self._run, self._token = run, token
         self._options = options
@@ -92,6 +103,8 @@ class CoordinatorServer:
         while True:
             await asyncio.sleep(self._options.heartbeat / 4)
             self._perform(self._coordinator.on_tick)
+            if self._watcher is not None:
+                self._watcher(self._coordinator.status(time.monotonic()))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -189,10 +202,11 @@ def run_coordinator(
     options: Options,
     new: bool = False,
     ready: Callable[[int], None] | None = None,
+    watcher: Callable[[Status], None] | None = None,
 ) -> None:
     """Run a coordinator in the foreground until SIGTERM or SIGINT.
 
-    `ready` is called with the port once it listens.
+    `ready` is called with the port once it listens, `watcher` as of `CoordinatorServer`.
 
     Raises:
         UsageError: the address cannot be had.
@@ -202,7 +216,7 @@ def run_coordinator(
 
     async def main() -> None:
         with Journal(journal, run, new) as opened:
-            server = CoordinatorServer(host, port, opened, run, token, options)
+            server = CoordinatorServer(host, port, opened, run, token, options, watcher)
             await server.start()
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -111,7 +111,7 @@ def test_a_status_is_shown_with_lanes_and_who_waits_for_whom(
     monkeypatch.setenv("RINGHOLD_TOKEN", "secret")
     assert console.run(doctor.command, ["--attach", "127.0.0.1:1"]) == 0
     shown = capsys.readouterr().out
-    assert "epoch 4, changing to epoch 5, 2 members, 1 waiting" in shown
+    assert "epoch 4, changing to epoch 5, 1 members, 1 waiting" in shown
     assert [word for word in ("main", "all_reduce 17", "transfer for 1.5 s", "member 3") if word in shown] != []
     row = next(line for line in shown.splitlines() if "all_reduce 17" in line)
     assert row.split()[0] == "1"
