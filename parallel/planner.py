@@ -179,8 +179,8 @@ class Search:
                 return replace(found, figures=_figures(program, found, held, solution)), program.chosen(solution.values)
             if monotonic() > until:
                 raise Unsolved(
-                    f"no plan within {self.memory:.0f} bytes a rank was found in {self.seconds:.0f} s of solving; allow "
-                    f"more memory"
+                    f"no plan within {self.memory:.0f} bytes a rank was found in {self.seconds:.0f} s of solving; "
+                    f"allow more memory"
                 )
             for at in held.worst(self.memory):
                 liveness.limit(program, at, self.memory)
