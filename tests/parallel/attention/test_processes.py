@@ -49,7 +49,7 @@ def cases() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("transport", ["sockets", "shm", "gloo"])
 def test_every_scheme_is_exact_forward_and_backward(transport: str, group: Residents) -> None:
-    chosen = cases() if transport == "sockets" else cases()[1::5]
+    chosen = cases()[::2] if transport == "sockets" else cases()[1::6]
     if transport == "sockets":
         found = group.run(programs.errors, cases=chosen)
     else:
