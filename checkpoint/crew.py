@@ -1,7 +1,7 @@
 """The ranks that save or load together, by the numbers that they had when it began, whatever becomes of them.
 
-`checkpoint.saving` and `checkpoint.loading` speak to a `Crew`; it is a communicator's sub-group in a lane of its own,
-or one process alone. Layouts name ranks of the communicator; a rank that dies keeps its number, and nobody gets it.
+`checkpoint.saving` and `checkpoint.loading` speak to a `Crew`: a communicator, a sub-group of it for what goes on in
+the background, or one process alone. Layouts name ranks of the communicator; a rank that dies keeps its number here.
 """
 
 from collections.abc import Mapping
@@ -70,14 +70,17 @@ class Team:
 
     Args:
         comm: the communicator; its members now.
-        lane: name of the lane, so that a save in the background and another one do not meet.
+        background: empty: in the communicator's main lane, so that its rank and size follow losses, as after any
+            other call. Else the name of a sub-group, whose lane does not meet the caller's.
 
     """
 
-    def __init__(self, comm: Communicator, lane: str) -> None:
+    def __init__(self, comm: Communicator, background: str) -> None:
         members = comm.members
         self._members = members
-        self._group: SubGroup = comm.group(members, f"{lane} {digest_of(members):016x}")
+        self._group: Communicator | SubGroup = comm
+        if background:
+            self._group = comm.group(members, f"{background} {digest_of(members):016x}")
         self._numbers = {member: number for number, member in enumerate(members)}
         self.rank, self.size = comm.rank, len(members)
 
@@ -128,6 +131,6 @@ def raise_told(mine: RingholdError | None, told: Mapping[int, str], doing: str) 
             raise kind(f"rank {rank} cannot {doing}: {message}")
 
 
-def crew_of(comm: Communicator | None, lane: str) -> Crew:
+def crew_of(comm: Communicator | None, background: str = "") -> Crew:
     """The crew of a communicator; None or one of one member: this process alone."""
-    return Single() if comm is None or comm.size == 1 else Team(comm, lane)
+    return Single() if comm is None or comm.size == 1 else Team(comm, background)

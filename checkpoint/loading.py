@@ -37,7 +37,6 @@ from collectives.errors import OptionError, RingholdError, StorageFailed
 from collectives.region import Region
 from parallel.layout import Shard
 
-LANE = "checkpoint load"
 _LEAST_MEMORY = 8 << 20
 _SHARE = 5
 """A burst is so much less than the memory of a thread: beside it there are a chunk, its planes and their joint."""
@@ -121,7 +120,7 @@ def load(
         CorruptChunk: bytes are not what was saved; on every rank. Some tensors may be filled already.
 
     """
-    return Loading(path, crew_of(comm, LANE), options or LoadOptions()).run(into, layouts, step, peers, offer)
+    return Loading(path, crew_of(comm), options or LoadOptions()).run(into, layouts, step, peers, offer)
 
 
 def load_state(

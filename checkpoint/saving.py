@@ -51,7 +51,6 @@ from collectives.errors import (
     UsageError,
 )
 
-LANE = "checkpoint"
 OUT_OF_THE_RUN = (Evicted, QuorumLost, CoordinatorUnreachable, OperationTimeout)
 """What one rank raises by itself, while the others go on."""
 
@@ -116,7 +115,7 @@ def save(
             have different keys (the layers of a pipeline stage, say); what several have must be equal.
         layouts: how the tensors lie, see `Layouts`. A rank of a mesh is a rank of the communicator. Values of `Partial`
             layouts are reduced on the way.
-        comm: the communicator; None: this process alone.
+        comm: the communicator, whose main lane is used; None: this process alone.
         step: number of the step, that of rank 0; None: one more than the newest. One that is there is replaced.
         metadata: JSON values to keep in the manifest, those of rank 0.
         options: how.
@@ -132,7 +131,7 @@ def save(
 
     """
     chosen = options or SaveOptions()
-    crew = crew_of(comm, LANE)
+    crew = crew_of(comm)
     with Store(path) as store:
         return Saving(store, crew, chosen).run(state, layouts, step, metadata or {})
 

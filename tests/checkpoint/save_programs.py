@@ -14,6 +14,7 @@ from checkpoint.loading import load
 from checkpoint.packs import PackWriter
 from checkpoint.store import Store
 from collectives.communicator import Communicator
+from collectives.errors import MemberLost
 from collectives.state import state_hash
 from parallel.layout import Flat, Layout, Mesh, Split
 from tests.harness.peer import Peer
@@ -149,3 +150,19 @@ def arm(peer: Peer, stage: str) -> None:
         Store.publish = die(Store.publish)  # type: ignore[method-assign]
     else:
         raise AssertionError(stage)
+
+
+def saves_again(peer: Peer, url: str, world: int, victim: int) -> dict[str, Any]:
+    """What a job does that has all of a state on every rank, and lets each write a part: after a loss, other parts."""
+    with peer.join() as comm:
+        if comm.rank == victim:
+            arm(peer, "writing")
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                state = state_of("flat", comm.size, comm.rank, 2)
+                report = saving.save(url, state, layouts_of("flat", comm.size), comm, step=2)
+            except MemberLost:
+                continue
+            return {"tries": tries, "size": comm.size, "lost": list(report.lost)}

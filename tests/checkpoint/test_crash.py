@@ -10,7 +10,7 @@ from checkpoint.saving import save
 from checkpoint.store import Store
 from checkpoint.verify import verify
 from collectives.state import state_hash
-from tests.checkpoint.save_programs import fails, saves, whole
+from tests.checkpoint.save_programs import fails, saves, saves_again, whole
 from tests.harness.cluster import Cluster
 
 
@@ -64,6 +64,17 @@ def test_what_only_the_dead_held_is_named_and_nothing_appears(tmp_path: Path, st
         assert len(store.packs()) == left, "the pack of the dead is left over"
         assert len(gc(store).packs) == left - 1
     assert proven(tmp_path) == [1]
+
+
+def test_after_a_loss_the_survivors_save_by_another_layout(tmp_path: Path) -> None:
+    with Cluster(founders=3) as cluster:
+        endings = [peer.ending() for peer in cluster.peers(saves_again, 3, url=str(tmp_path), world=3, victim=1)]
+    assert [ending.signal for ending in endings].count(9) == 1
+    alive = [ending.value for ending in endings if not ending.signal]
+    assert alive == [{"tries": 2, "size": 2, "lost": []}] * 2, "rank and size follow the loss"
+    assert proven(tmp_path) == [2]
+    loaded = load_state(tmp_path)
+    assert state_hash({key: loaded[key] for key in whole(2)}) == state_hash(whole(2))
 
 
 def test_a_full_disk_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
