@@ -24,6 +24,8 @@ PYTHON = HOME / "bin" / "python"
 MPICH = Path(os.environ.get("RINGHOLD_MPICH", ROOT / ".venv-mpich"))
 FOREIGN = Path(os.environ.get("RINGHOLD_FOREIGN", ROOT / ".venv-foreign"))
 PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt")
+WHOLE = ("-n", "2", "--dist", "loadfile")
+"""The whole suite by two workers, each of which takes a file at a time: tests of one file may share processes."""
 EXTRAS = {"demo": "", "run": "", "test": "[test,mpi]", "lint": "[dev,mpi]"}
 
 
@@ -78,7 +80,7 @@ def commands(name: str, args: list[str]) -> list[list[str | Path]]:
     bin_ = HOME / "bin"
     return {
         "demo": [[bin_ / "ringhold", "demo", *args]],
-        "test": [[PYTHON, "-m", "pytest", *args]],
+        "test": [[PYTHON, "-m", "pytest", *(args or WHOLE)]],
         "lint": [[bin_ / "ruff", "check"], [bin_ / "ruff", "format", "--check"], [PYTHON, "-m", "mypy"]],
         "run": [[bin_ / args[0] if args and (bin_ / args[0]).exists() else (args or ["true"])[0], *args[1:]]],
     }[name]
