@@ -344,7 +344,10 @@ def factories() -> Iterator[Call]:
     yield call("linspace.default", 0, 1, 5)
 
 
+FAMILIES = (elementwise, products, reductions, views, indexing, layers, factories)
+
+
 def samples() -> Iterator[Call]:
     """All of them."""
-    for family in (elementwise, products, reductions, views, indexing, layers, factories):
+    for family in FAMILIES:
         yield from family()
