@@ -1,24 +1,66 @@
-"""`ringhold ckpt inspect`: the tensors, layouts and sizes of a step."""
+"""`ringhold ckpt inspect`: tensors, layouts and sizes of a step of a store, or of a checkpoint of another format."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from checkpoint.formats.detect import READERS, open_source
+from checkpoint.formats.read_ringhold import Stored
 from checkpoint.reader import Reader
+from checkpoint.source import Source
 from launch import units
 from launch.display import print_table
 
 
 @click.command("inspect", context_settings={"max_content_width": 100})
-@click.argument("store")
+@click.argument("checkpoint")
+@click.option("--from", "form", type=click.Choice(list(READERS)), help="Format of it.  [default: found out]")
 @click.option("--state", "with_state", is_flag=True, help="Show the values that are no tensors, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(store: str, with_state: bool, as_json: bool) -> None:
-    """Show what a step holds: STORE@STEP, or the newest of STORE. Reads the manifest alone.
+def command(checkpoint: str, form: str | None, with_state: bool, as_json: bool) -> None:
+    """Show what a checkpoint holds, whatever its format. Of a Ringhold store: STORE@STEP, or the newest of STORE.
 
-    "stored" is what a tensor's chunks take in packs; chunks that several tensors share count for each.
+    Reads what is said of the tensors, not the tensors. Of a store, "stored" is what a tensor's chunks take in packs;
+    chunks that several tensors share count for each.
     """
+    source = open_source(checkpoint, form)
+    foreign = not isinstance(source, Stored)
+    try:
+        if foreign:
+            _show_foreign(checkpoint, source, with_state, as_json)
+    finally:
+        source.close()
+    if not foreign:
+        _show_store(checkpoint, with_state, as_json)
+
+
+def _show_foreign(checkpoint: str, source: Source, with_state: bool, as_json: bool) -> None:
+    """Tensors as they are whole, however many ranks wrote them, and the parameter groups."""
+    rows: list[dict[str, Any]] = [
+        {"key": key, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.nbytes}
+        for key, entry in source.entries.items()
+    ]
+    groups = [{"params": len(group.names), **group.options} for group in source.groups]
+    total = sum(row["bytes"] for row in rows)
+    if as_json:
+        report = {"checkpoint": checkpoint, "format": source.format, "bytes": total, "groups": groups, "tensors": rows}
+        print(json.dumps({**report, "state": dict(source.extras)}, default=str))
+        return
+    print_table(
+        ("tensor", "dtype", "shape", "size"),
+        [(row["key"], row["dtype"], _shape(row["shape"]), units.size(row["bytes"])) for row in rows],
+    )
+    for number, group in enumerate(groups):
+        options = ", ".join(f"{name}={value}" for name, value in group.items() if name != "params")
+        print(f"parameter group {number}: {group['params']} parameters, {options}")
+    print(f"{checkpoint} is {source.format}: {len(rows)} tensors, {units.size(total)}, {len(groups)} parameter groups")
+    if with_state:
+        print(json.dumps(dict(source.extras), indent=2, default=str))
+
+
+def _show_store(store: str, with_state: bool, as_json: bool) -> None:
     with Reader(store) as reader:
         report = _report(reader)
         state: Any = reader.manifest.state
@@ -72,13 +114,16 @@ def _report(reader: Reader) -> dict[str, Any]:
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     ratio = f"{row['stored'] / row['bytes']:.3f}" if row["bytes"] else ""
-    shape = " x ".join(map(str, row["shape"])) or "scalar"
     return (
         row["key"],
         row["dtype"],
-        shape,
+        _shape(row["shape"]),
         units.size(row["bytes"]),
         units.size(row["stored"]),
         ratio,
         row["layout"] or "",
     )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"

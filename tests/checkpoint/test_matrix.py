@@ -3,18 +3,21 @@
 What is written is read again and compared bit for bit with the source, the groups too, and with the library's truth.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from checkpoint.compare import compare
 from checkpoint.convert import WRITERS, convert
 from checkpoint.formats.detect import READERS, open_source
 from checkpoint.source import WEIGHTS
 from collectives.errors import UsageError
+from launch.cli import ringhold
 from tests.harness.checkpoints import VOCABULARY, differences, safetensors, unpacked
 from tests.harness.cluster import ROOT
 
@@ -128,3 +131,18 @@ def test_a_way_through_many_formats_ends_at_the_truth(name: str, way: tuple[str,
     assert decays[0] == decays[1]
     first.close()
     last.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["ds/z3_dp2_bf16/ckpt", "fsdp/dp4_flatten/dcp", "mcore/tp2pp2/torch", "hf/tied_fp32_40KB"]
+)
+def test_inspect_tells_what_any_of_them_holds(name: str) -> None:
+    done = CliRunner().invoke(ringhold, ["ckpt", "inspect", str(path(name)), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    source = open_source(path(name))
+    assert {row["key"]: row["shape"] for row in told["tensors"]} == {
+        key: list(entry.shape) for key, entry in source.entries.items()
+    }
+    assert [group["params"] for group in told["groups"]] == [len(group.names) for group in source.groups]
+    source.close()
