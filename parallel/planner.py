@@ -147,13 +147,12 @@ class Search:
             options = {kind: tuple(filter(start, every)) or every[:1] for kind, every in self.all.items()}
             best, axis, stuck = np.inf, 0, 0
             while stuck < 2:
-                found = self._solve(self._program(options))
+                found = self._quick(self._program(options))
                 if found is None:
                     break
-                plan_, chosen = found
-                assert plan_.figures is not None
-                stuck = 0 if plan_.figures.time < best * (1 - _GAIN) else stuck + 1
-                best, axis = min(best, plan_.figures.time), 1 - axis
+                time, chosen = found
+                stuck = 0 if time < best * (1 - _GAIN) else stuck + 1
+                best, axis = min(best, time), 1 - axis
                 for kind, option in chosen.items():
                     seen[kind][option] = None
                 options = {
@@ -162,6 +161,17 @@ class Search:
                 }
         worth = {kind: tuple(found) or self.all[kind] for kind, found in seen.items()}
         return worth, cheapest(self.all, self.classes, self.costs)
+
+    def _quick(self, program: Program) -> tuple[float, dict[int, Option]] | None:
+        """Seconds and choices of the best plan of a program, written out only where memory counts."""
+        if self.memory is None:
+            solution = solve(program, self.seconds)
+            return None if solution is None else (solution.objective, program.chosen(solution.values))
+        found = self._solve(program)
+        if found is None:
+            return None
+        assert found[0].figures is not None
+        return found[0].figures.time, found[1]
 
     def _program(self, options: Options) -> Program:
         return Program(self.graph, self.costs, self.classes, self.flows, options)
