@@ -250,16 +250,13 @@ def test_a_mesh_of_one_rank_sends_nothing() -> None:
 
 
 def test_a_large_mesh_of_two_axes_is_planned_axis_by_axis_and_says_so() -> None:
-    captured = example("llama", 8).capture()
+    captured = example("gpt", 8, layers=1).capture()
     found = plan(captured, Mesh.of(a=2, b=2), machine=SLOW)
     assert found.figures is not None
     assert found.figures.by_axis
     assert 0 <= found.figures.gap < 1
-    one = plan(captured, Mesh.of(a=1, b=4), machine=SLOW)
     line = plan(captured, FOUR, machine=SLOW)
-    assert one.figures is not None
     assert line.figures is not None
-    assert one.figures.time == pytest.approx(line.figures.time, rel=1e-3)
     assert found.figures.time <= line.figures.time * 1.02
 
 
