@@ -97,7 +97,7 @@ class Codec:
     def _plane(self, plane: Bytes, exponents: bool) -> Bytes | bytes:
         """The plane, compressed if that pays."""
         compressor = _compressor(self.level, exponents)
-        if len(plane) > 2 * _SAMPLE * _PLACES:
+        if not exponents and len(plane) > 2 * _SAMPLE * _PLACES:
             step = len(plane) // _PLACES
             sample = plane[: step * _PLACES].reshape(_PLACES, step)[:, :_SAMPLE].tobytes()
             if len(compressor.compress(sample)) > _WORTH * len(sample):
