@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
