@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from benchmarks.figures import table
 from collectives.communicator import Communicator
 from launch.crew import Crew, Desk
-from parallel.capture import Step, capture
-from parallel.execute import Executor, shard_of, shards_of
+from parallel.capturing import Step, capture
+from parallel.executing import Executor, shard_of, shards_of
 from parallel.export import device_mesh, dtensor_placements
 from parallel.graph import Role
 from parallel.layout import Broadcast, Layout, Mesh, Split
-from parallel.plan import Placements, Plan
 from parallel.planner import plan
+from parallel.plans import Placements, Plan
 
 RATE = 1e-3
 FORMS = ("planned", "c10d", "DTensor")

@@ -12,7 +12,7 @@ from launch.bench_request import parse_size
 from launch.scale_options import model_options
 
 if TYPE_CHECKING:
-    from parallel.plan import Plan
+    from parallel.plans import Plan
 
 
 @click.command("plan", context_settings={"max_content_width": 100})

@@ -10,7 +10,7 @@ from html import escape
 from parallel.explain import folded, labels, places, written
 from parallel.graph import Node, Phase, Role
 from parallel.layout import Broadcast, Partial, Placement
-from parallel.plan import Placements, Plan, Reshard
+from parallel.plans import Placements, Plan, Reshard
 from parallel.tables import size, totals
 
 _STYLE = """

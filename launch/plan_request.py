@@ -9,11 +9,11 @@ from typing import Any
 
 from collectives.cost import Profile
 from collectives.errors import RingholdError, UsageError
-from parallel.capture import Step, capture
+from parallel.capturing import Step, capture
 from parallel.layout import Mesh, parse_placement
 from parallel.machine import CPU, Machine
 from parallel.models.examples import example
-from parallel.plan import Placements
+from parallel.plans import Placements
 from parallel.scale.cluster import Cluster
 
 

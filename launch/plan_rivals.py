@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-from parallel.capture import Step
+from parallel.capturing import Step
 from parallel.explain import folded, written
 from parallel.graph import Role
 from parallel.layout import Broadcast, Mesh, Split
 from parallel.machine import Machine
 from parallel.options import of_input
-from parallel.plan import Placements, Plan
 from parallel.planner import NoPlan, plan
+from parallel.plans import Placements, Plan
 from parallel.tables import seconds, size
 
 

@@ -18,13 +18,13 @@ from launch.config import JobConfig
 from launch.job import Membership, PeerResult
 from launch.ledger import Commit, Samples
 from launch.trainer import Trainer
-from parallel.capture import capture
+from parallel.capturing import capture
 from parallel.clipping import clipped
-from parallel.execute import Results
+from parallel.executing import Results
 from parallel.graph import Graph, Role
 from parallel.layout import Mesh, parse_placement
-from parallel.plan import Placements, Plan
 from parallel.planner import plan
+from parallel.plans import Placements, Plan
 from parallel.training import Planner, Training
 
 

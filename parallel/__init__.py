@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.attention import SequenceAttention, sequence_attention, sequence_parallel
+    from parallel.capturing import capture
+    from parallel.executing import execute
     from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Shard, Split
+    from parallel.planner import plan
+    from parallel.resharding import reshard
 
 __all__ = [
     "Broadcast",
@@ -16,6 +20,10 @@ __all__ = [
     "SequenceAttention",
     "Shard",
     "Split",
+    "capture",
+    "execute",
+    "plan",
+    "reshard",
     "sequence_attention",
     "sequence_parallel",
 ]
@@ -23,6 +31,10 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(__all__, "layout"),
     **dict.fromkeys(("SequenceAttention", "sequence_attention", "sequence_parallel"), "attention"),
+    "capture": "capturing",
+    "execute": "executing",
+    "plan": "planner",
+    "reshard": "resharding",
 }
 
 

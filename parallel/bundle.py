@@ -10,7 +10,7 @@ from torch import Tensor
 from collectives.communicator import Communicator
 from collectives.errors import UsageError
 from collectives.schedule import Schedule
-from parallel.reshard import Reshard, schedule_of
+from parallel.resharding import Reshard, schedule_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from collectives.communicator import Communicator
 from collectives.errors import StateLost, UsageError
 from parallel.cells import Piece, cells_of, pieces
 from parallel.layout import Layout, Mesh, Shard
-from parallel.reshard import Change, flows_of, reshard, schedule_of
+from parallel.resharding import Change, flows_of, reshard, schedule_of
 
 _MOST_TOLD = 6
 """Tensors that an error names."""

@@ -17,7 +17,7 @@ from parallel.boxing import Boxing, boxing
 from parallel.graph import Node, Value
 from parallel.layout import Flat, Layout, Mesh, Split
 from parallel.machine import Machine
-from parallel.plan import Placements, Sharding
+from parallel.plans import Placements, Sharding
 
 _NO_WORK = (
     "aten.view.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.graph import Graph, Role, layer_of
-from parallel.plan import Placements, Plan, Reshard
+from parallel.plans import Placements, Plan, Reshard
 
 ROLES = {Role.GRADIENT: "gradient of ", Role.PARAMETER: "new ", Role.STATE: "new ", Role.BUFFER: "new "}
 

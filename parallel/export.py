@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from collectives.errors import CorruptFile, Unsupported, UsageError
 from parallel.graph import Node, Phase, Role
 from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Placement, Split
-from parallel.plan import Plan, Sharding
+from parallel.plans import Plan, Sharding
 
 # --- DTensor ---
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.graph import Graph, Input, Node, Value, layer_of
-from parallel.plan import Placements
+from parallel.plans import Placements
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from parallel.flows import Flow
 from parallel.graph import Role
-from parallel.plan import Placements, Plan
+from parallel.plans import Placements, Plan
 from parallel.program import Pair, Program, Vector
 
 _GROUPS = {

@@ -11,7 +11,7 @@ from collectives.errors import UsageError
 from parallel.folding import Classes, form
 from parallel.graph import Graph, Input, Node, Role
 from parallel.layout import Broadcast, Mesh, Partial, Placement, Split
-from parallel.plan import Option, Placements, Sharding
+from parallel.plans import Option, Placements, Sharding
 from parallel.signatures import signatures, together
 
 Options = Mapping[int, tuple[Option, ...]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from collectives.errors import RingholdError
 from parallel import liveness
-from parallel.capture import Step
+from parallel.capturing import Step
 from parallel.cost import Costs
 from parallel.flows import trace
 from parallel.folding import Classes, fold
@@ -21,7 +21,7 @@ from parallel.layout import Broadcast, Mesh, Placement
 from parallel.liveness import Profile
 from parallel.machine import CPU, Machine
 from parallel.options import Options, check_pins, of_classes
-from parallel.plan import Figures, Option, Placements, Plan, Sharding
+from parallel.plans import Figures, Option, Placements, Plan, Sharding
 from parallel.program import Program, changes, cheapest
 from parallel.solver import Solution, Unsolved, solve
 

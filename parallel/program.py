@@ -23,7 +23,7 @@ from parallel.flows import LOSS, Edge, Flows
 from parallel.folding import Classes
 from parallel.graph import Graph, Input, Value
 from parallel.options import Options
-from parallel.plan import Option, Placements, Sharding
+from parallel.plans import Option, Placements, Sharding
 from parallel.units import Joint, unite
 
 Vector = npt.NDArray[np.float64]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from parallel.explain import optimality, places, traffic, written
 from parallel.graph import Phase, Role
-from parallel.plan import Plan
+from parallel.plans import Plan
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from collectives.communicator import Communicator
 from collectives.errors import MemberLost
 from parallel.carry import Replicas, carry
-from parallel.execute import Executor, Results, shards_of
+from parallel.executing import Executor, Results, shards_of
 from parallel.graph import Role
 from parallel.layout import Layout
-from parallel.plan import Plan
-from parallel.reshard import reshard
+from parallel.plans import Plan
+from parallel.resharding import reshard
 
 KEPT = (Role.PARAMETER, Role.STATE, Role.BUFFER)
 """What a step hands on to the next."""

@@ -15,7 +15,7 @@ from parallel.flows import Edge, Flows
 from parallel.folding import Classes
 from parallel.graph import Node, Phase
 from parallel.layout import Partial
-from parallel.plan import Option, Placements, Sharding
+from parallel.plans import Option, Placements, Sharding
 
 Joint = tuple[Option, ...]
 """An option for each member of a unit."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from collectives.errors import UsageError
-from parallel.capture import Step, capture
+from parallel.capturing import Step, capture
 from parallel.models.language import GPT, Llama, Size, next_token_loss
 from parallel.models.vision import CNN, ViT, class_loss
 

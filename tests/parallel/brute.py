@@ -11,7 +11,7 @@ from parallel.cost import Costs, local_size
 from parallel.graph import Graph, Input, Output, Role, Value
 from parallel.layout import Layout
 from parallel.options import of_input, of_node
-from parallel.plan import Placements, Sharding
+from parallel.plans import Placements, Sharding
 
 _SLACK = 1e-9
 

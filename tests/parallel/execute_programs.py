@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from collectives.communicator import Communicator
-from parallel.execute import Results, execute
+from parallel.executing import Results, execute
 from parallel.graph import Role
 from parallel.layout import Layout
-from parallel.plan import Plan
-from parallel.reshard import reshard
+from parallel.plans import Plan
+from parallel.resharding import reshard
 from tests.parallel.layouts import mesh_of
 from tests.parallel.random_plans import draw_plan, gpt
 

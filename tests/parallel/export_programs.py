@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
 
 from collectives.communicator import Communicator
-from parallel.execute import shard_of
+from parallel.executing import shard_of
 from parallel.export import device_mesh, dtensor_placements
 from parallel.layout import Broadcast, Layout, Mesh, Split
 from tests.parallel.layouts import mesh_of

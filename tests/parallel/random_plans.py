@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from launch.model import PRESETS, build
-from parallel.capture import Step, capture
+from parallel.capturing import Step, capture
 from parallel.graph import Graph, Role, Value
 from parallel.layout import Broadcast, Mesh, Split
-from parallel.plan import Placements, Plan, Sharding
+from parallel.plans import Placements, Plan, Sharding
 from parallel.signatures import Signature, signatures, together
 
 

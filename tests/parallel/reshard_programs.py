@@ -11,7 +11,7 @@ import torch
 from collectives.communicator import Communicator
 from parallel.boxing import boxing
 from parallel.layout import Broadcast, Layout, Mesh, Partial, Placement, Split
-from parallel.reshard import reshard
+from parallel.resharding import reshard
 from tests.harness.residents import Residents
 from tests.parallel.layouts import cut, deal, draw_layout, draw_mesh, draw_shape, mesh_of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from collectives.errors import CaptureError, RingholdError, Unsupported, UsageError
-from parallel.capture import Step, capture
+from parallel.capturing import Step, capture
 from parallel.graph import Graph, Phase, Role
 from parallel.models.examples import MLP, Example, example, sum_of_squares
 from parallel.shapes import factors

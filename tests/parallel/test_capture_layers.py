@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from parallel.capture import capture
+from parallel.capturing import capture
 from parallel.graph import Role
 from parallel.signatures.table import TABLE
 

@@ -5,8 +5,8 @@ import torch
 
 from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
-from parallel.execute import Executor, execute
-from parallel.plan import Plan
+from parallel.executing import Executor, execute
+from parallel.plans import Plan
 from tests.harness.residents import Residents
 from tests.parallel import execute_programs as programs
 from tests.parallel.pretend import together

@@ -15,7 +15,7 @@ from parallel.export import describe, device_mesh, dtensor_placements, load_layo
 from parallel.graph import Role
 from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Placement, Split
 from parallel.models.examples import example
-from parallel.plan import Plan
+from parallel.plans import Plan
 from parallel.signatures import signatures
 from tests.harness.residents import Residents
 from tests.parallel import execute_programs, export_programs

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from collectives.errors import UsageError
-from parallel.capture import Step, capture
+from parallel.capturing import Step, capture
 from parallel.cost import Costs
 from parallel.graph import Graph, Phase, Role
 from parallel.layout import Broadcast, Mesh, Partial, Split
 from parallel.machine import CPU
 from parallel.models.examples import example
-from parallel.plan import Plan
 from parallel.planner import NoPlan, plan, plans
+from parallel.plans import Plan
 from tests.parallel.brute import Brute, window
 
 LIGHT = msgspec.structs.replace(CPU, launch=6e-5)

@@ -14,7 +14,7 @@ from collectives.schedule import Schedule
 from collectives.verify import verify
 from parallel.boxing import boxing
 from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Split
-from parallel.reshard import Reshard, reshard
+from parallel.resharding import Reshard, reshard
 from tests.collectives.lockstep import lockstep
 from tests.parallel import reshard_programs as programs
 from tests.parallel.layouts import assemble, deal, draw_layout, draw_mesh, draw_shape

@@ -11,7 +11,7 @@ from parallel.carry import buddy
 from parallel.clipping import clipped
 from parallel.graph import Graph, Role
 from parallel.layout import Layout
-from parallel.plan import Plan
+from parallel.plans import Plan
 from parallel.training import KEPT, Training
 from tests.harness.peer import Peer
 from tests.parallel.layouts import mesh_of

@@ -21,8 +21,8 @@ from collectives.errors import LayoutMismatch, UsageError
 from parallel.bundle import bundle
 from parallel.graph import Node, Phase, Role, Value
 from parallel.layout import Broadcast, Layout
-from parallel.plan import Placements, Plan, Sharding
-from parallel.reshard import Reshard, reshard
+from parallel.plans import Placements, Plan, Sharding
+from parallel.resharding import Reshard, reshard
 from parallel.signatures import Signature, localize
 
 SMALL = 2**20
