@@ -30,8 +30,8 @@ from launch.churn_plan import Phase
 from launch.crew import Desk, usage
 
 PHASES: tuple[Phase, ...] = ("operation", "sync", "giver", "admit", "save")
-SETTLE_SECONDS = 20.0
-"""More than a thread stays behind whose build of a gloo group was abandoned."""
+SETTLE_SECONDS = 60.0
+"""More than a thread stays behind whose build of a gloo group was abandoned: gloo gives up peer by peer, 15 s each."""
 ADMIT_EVERY = 4
 """Operations between two safe points."""
 SAVE_EVERY = 14
