@@ -66,7 +66,33 @@ class Faults:
                 self._cut.add(pair)
                 self._silent.add(pair)
 
+    def partition(self, fault: Fault, host: "Host") -> None:
+        """The first hosts, up to number `other`, reach nobody but each other for a while."""
+        world = self.world
+        inside = [host for host in world.hosts if host.index <= fault.other]
+        outside = [host for host in world.hosts if host.index > fault.other]
+        pairs = {frozenset((one.index, other.index)) for one in inside for other in outside}
+        for member in world.hosts:
+            member.suspect = True
+        for member in inside:
+            member.off_until = world.now + fault.seconds
+        self._cut |= pairs
+        self._silent |= pairs
+        world.after(fault.seconds, self._heal, pairs)
+
+    def _heal(self, pairs: set[frozenset[int]]) -> None:
+        self._cut -= pairs
+        self._silent -= pairs
+
+    def stranger(self, fault: Fault, host: "Host") -> None:
+        """Somebody who does not belong here talks to the coordinator, or a host says what makes no sense."""
+        self.world.headquarters.stranger(fault.other, host)
+
     # --- the coordinator ---
+
+    def old_journal(self, fault: Fault, host: "Host") -> None:
+        """The coordinator is started on a copy of its journal that lacks the end; somebody sees to it when it stops."""
+        self.world.headquarters.lose_the_end()
 
     def crash_coordinator(self, fault: Fault, host: "Host") -> None:
         """The coordinator's process ends here and is started again later."""

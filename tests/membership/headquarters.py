@@ -4,17 +4,29 @@ The disk keeps every record of a `Persist` that was reached; a crash strikes bet
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from collectives.membership.coordinator import Action, Close, Coordinator, Persist, Send, Stop
 from collectives.membership.protocol import (
     VERSION,
+    Admit,
+    Alive,
+    Beat,
     Decision,
+    Differs,
     FromCoordinator,
     FromPeer,
+    Inspect,
+    Join,
+    LinkDown,
     Opened,
     Prepare,
     Record,
+    Refused,
+    Report,
+    Stalled,
+    Status,
+    Waiting,
     decode_from_coordinator,
     decode_from_peer,
     encode,
@@ -25,6 +37,9 @@ if TYPE_CHECKING:
     from tests.membership.world import World
 
 TICK = 0.5
+LATE = 1.0
+REPEATED = (Report, Admit, LinkDown, Differs, Stalled, Prepare, Decision, Waiting)
+"""What may come again and late. What opens or ends a connection cannot, nor a heartbeat: the channel keeps order."""
 END = None
 """What arrives where a connection was closed."""
 
@@ -53,6 +68,8 @@ class Headquarters:
         self.stopped = False
         self.away = 0.0
         """Seconds that it was dead or stopped, all in all."""
+        self._newest: list[Record] = []
+        """The whole journal, while the coordinator runs on an old one."""
         self._links: dict[int, Link] = {}
         self._last_link = 0
         self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
@@ -95,6 +112,44 @@ class Headquarters:
                 self._down(link, END)
         self._links.clear()
         world.after(seconds, self._start)
+
+    def lose_the_end(self) -> None:
+        """Start again on a journal that lacks its last decision, if a member that knows of it will say so."""
+        decisions = [number for number, record in enumerate(self.journal) if isinstance(record, Decision)]
+        last = self.journal[decisions[-1]] if len(decisions) > 1 else None
+        if self.coordinator is not None and isinstance(last, Decision) and last.members:
+            self._newest = self.journal
+            self.journal = self.journal[: decisions[-1]][:-1]
+            self.crash(0.1)
+
+    def stranger(self, kind: int, host: "Host") -> None:
+        """Say what nobody of this run says at this point: it must change nothing but that the connection ends."""
+        if self.coordinator is None or self.stopped:
+            return
+        self._last_link += 1
+        number, core = self._last_link, self.coordinator
+        messages: tuple[FromPeer, ...] = (Inspect(), Beat([]), Join(bytes(16), "nowhere", 1, "pigeons"))
+        before = (core.members, core.waiting, core.change, core.highest)
+        if kind < len(messages):
+            message = messages[kind]
+            if isinstance(message, Join) and not before[0]:
+                return  # whoever comes first may choose the transport
+        elif host.link is None or all(peer.connection != host.link.number for peer in core.peers.values()):
+            return  # nobody has said yet who is at that end
+        else:
+            number, host.suspect = host.link.number, True
+            message = Join(bytes(16), "again", 1, "gloo") if kind == len(messages) else cast(FromPeer, Alive())
+        actions = core.on_message(number, message, self.world.now)
+        told = [type(action.message) for action in actions if isinstance(action, Send)]
+        if told != ([Status] if kind == 0 else [Refused]) or before != (
+            core.members,
+            core.waiting,
+            core.change,
+            core.highest,
+        ):
+            self.world.judge.fail(f"a stranger who said {message} was told {told}")
+        self.world.judge.count(f"stranger {type(message).__name__}")
+        self.perform([action for action in actions if isinstance(action, Close)])
 
     def stop(self, seconds: float) -> None:
         """Get no time for a while."""
@@ -150,12 +205,18 @@ class Headquarters:
         time = world.now + world.lag(world.history.control_delay)
         time = link.up_at = max(link.up_at, time, link.host.off_until, world.faults.all_off_until)
         world.at(time, self._gate, self.incarnation, self._receive, link, message)
+        if world.history.repeats and isinstance(message, REPEATED) and world.rng.random() < world.history.repeats:
+            world.judge.count("came again")
+            world.at(time + world.lag(LATE), self._gate, self.incarnation, self._receive, link, message)
 
     def _down(self, link: Link, message: FromCoordinator | None) -> None:
         world, host = self.world, link.host
         time = world.now + world.lag(world.history.control_delay)
         time = link.down_at = max(link.down_at, time, host.off_until, world.faults.all_off_until)
         world.at(time, host.gate, host.receive, link, message)
+        if world.history.repeats and isinstance(message, REPEATED) and world.rng.random() < world.history.repeats:
+            world.judge.count("came again")
+            world.at(time + world.lag(LATE), host.gate, host.receive, link, message)
 
     def break_link(self, link: Link) -> None:
         """Lose what is in flight; both ends see the end, each in its time."""
@@ -231,6 +292,10 @@ class Headquarters:
                 if link is not None:
                     link.open = False
                     self._down(link, END)
+            case Stop(reason) if self._newest:
+                world.judge.count("stopped on an old journal")
+                self.journal, self._newest = self._newest, []
+                self.crash(0.5)
             case Stop(reason):
                 world.judge.stopped(reason)
 

@@ -3,7 +3,7 @@
 `draw` is the only place where a history is decided; `world.World` plays it. All times are in virtual seconds.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -92,6 +92,10 @@ class History:
     crosses: bool = False
     """Somebody calls the operations of two lanes in another order."""
     teams: list[Team] = field(default_factory=list)
+    repeats: float = 0.0
+    """How often a control message comes once more, later, when newer ones may have overtaken it."""
+    drowsy: bool = False
+    """Threads may sleep between the failure of a link and what they do about it."""
 
     @property
     def founders(self) -> int:
@@ -115,6 +119,9 @@ HOST_POINTS = (
     "admitting",
 )
 COORDINATOR_POINTS = ("action", "persist", "persisted", "prepare", "announce", "message")
+
+STRANGERS = 5
+"""Kinds of strangers (`headquarters.Headquarters.stranger`)."""
 
 THEMES = {
     "calm": 4,
@@ -173,6 +180,7 @@ def draw(seed: int) -> History:
     )
     _DRAW[theme](rng, history)
     _draw_teams(Random(seed ^ 0x7EA3), history)
+    _draw_more(Random(seed ^ 0x0DD5), history)
     return history
 
 
@@ -215,6 +223,29 @@ def _draw_teams(rng: Random, history: History) -> None:
             until.append(len(kinds))
         misnames = history.theme == "mismatch" and rng.random() < 0.5
         history.teams.append(Team(f"team{number}", tuple(ranks), kinds, until, rng.choice(ranks) if misnames else -1))
+
+
+def _draw_more(rng: Random, history: History) -> None:
+    """Draw what may go wrong in a history of any theme beside its own faults."""
+    hosts = len(history.arrivals)
+    # These points are reached a few times at most.
+    seldom = ("resumed", "admitting")
+    history.faults = [replace(f, count=1 + f.count % 3) if f.point in seldom else f for f in history.faults]
+    if rng.random() < 0.12:
+        history.repeats = rng.choice((0.05, 0.2))
+    history.drowsy = rng.random() < 0.1
+    if rng.random() < 0.05:
+        kind = rng.randrange(STRANGERS)
+        history.faults.append(Fault("stranger", time=rng.random() * 6, where=rng.randrange(hosts), other=kind))
+    if history.theme in ("mixed", "join") and hosts > 1 and rng.random() < 0.2:
+        most, seconds = rng.randrange(hosts - 1), rng.choice((1.0, 3.0, 6.0, 15.0, 1e9))
+        history.faults.append(Fault("partition", rng.choice(HOST_POINTS), rng.randint(1, 20), 0.0, -1, most, seconds))
+    if history.theme == "calm" and rng.random() < 0.3:
+        history.faults.append(Fault("old_journal", time=1 + rng.random() * 3))
+    if history.theme == "quorum" and history.founders > 2 and rng.random() < 0.4:
+        history.options = replace(history.options, quorum=False, min_members=2)
+    if history.options.quorum and rng.random() < 0.2:
+        history.faults.append(Fault("stop_coordinator", time=1 + rng.random() * 3, seconds=rng.choice((3.0, 6.0))))
 
 
 def _host_fault(rng: Random, history: History, what: str, seconds: float = 0.0) -> Fault:

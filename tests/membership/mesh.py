@@ -29,6 +29,8 @@ class Mesh:
         self._failed: set[tuple[int, int]] = set()
         """(who sees it, the other end)"""
         self._mail: dict[tuple[int, int, str], deque[Any]] = {}
+        self._awaited: set[tuple[int, int, str]] = set()
+        """Mail that a thread has looked for in vain."""
         self._busy: dict[tuple[int, int], float] = {}
 
     def arrive(self, host: "Host") -> None:
@@ -73,7 +75,9 @@ class Mesh:
         if mail is None:
             mail = self._mail[key] = deque()
         mail.append(note)
-        self._arrived[me].poke()
+        if key in self._awaited:
+            self._awaited.remove(key)
+            self._arrived[me].poke()
 
     def take(self, me: int, peer: int, lane: str) -> Any:
         """Take the next note of a peer, None if there is none yet. Raises `Lost`."""
@@ -84,6 +88,7 @@ class Mesh:
             return mail.popleft()
         if (me, peer) in self._failed:
             raise Lost(peer)
+        self._awaited.add((me, peer, lane))
         return None
 
     def close(self, me: int, silently: bool = False) -> None:

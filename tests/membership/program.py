@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from collectives.errors import RingholdError, UsageError
+from collectives.errors import DescriptorMismatch, RingholdError, UsageError
 from collectives.membership.claims import lane_of
 from collectives.membership.member import MAIN
 from tests.membership.history import PATIENCE, Spec, Team
@@ -109,7 +109,7 @@ class Program:
         host = self.host
         self.history.deviations.pop((host.index, host.core.lane(MAIN).entered + 1))
         if deviation == "late":
-            yield from self._sleep(PATIENCE * 0.6)
+            yield from host.sleep(PATIENCE * 0.6)
             return
         if deviation == "leave":
             self.judge.count("left between operations")
@@ -150,7 +150,12 @@ class Program:
             while lane.entered < until and name not in core.refused:
                 yield from self._runner.run(self._call(kinds[lane.entered], "retry", name, self._view(name)))
             if name in core.refused:
-                self.judge.raised(self.host, name, lane.entered + 1, core.refused[name])
+                try:
+                    core.enter(name, kinds[-1])
+                except DescriptorMismatch as error:
+                    self.judge.raised(self.host, name, lane.entered + 1, error)
+                else:
+                    self.judge.fail(f"{self.host.name} enters {name}, which was refused")
         except RingholdError:
             pass  # the main thread sees it too
         except Quit:
@@ -214,11 +219,4 @@ class Program:
 
     def _pause(self, seconds: float) -> Steps:
         if seconds:
-            yield from self._sleep(self.host.world.lag(seconds))
-
-    def _sleep(self, seconds: float) -> Steps:
-        world = self.host.world
-        until = world.now + seconds
-        world.at(until, self.host.gate, self.host.poke)
-        while world.now < until:
-            yield
+            yield from self.host.sleep(self.host.world.lag(seconds))

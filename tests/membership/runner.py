@@ -3,7 +3,7 @@
 An operation here has no data: the headers carry the contributions, and the result is who contributed.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -88,13 +88,22 @@ class Runner:
                 core.forget()
         return "waiting" if call.result else "done"
 
-    def point(self, name: str) -> Steps:
+    def point(self, name: str) -> Iterable[None]:
         """Reach a point where a fault may strike or another thread run."""
         host = self.host
         host.probe(name)
         if host.stopped or host.rng.random() < self.history.preempt:
             host.poke()
-            yield
+            return self._preempted()
+        self._quit_if_told()
+        return ()  # most often: no generator for nothing
+
+    def _preempted(self) -> Steps:
+        yield
+        self._quit_if_told()
+
+    def _quit_if_told(self) -> None:
+        host = self.host
         if host.quits:
             host.quits = False
             raise Quit
@@ -131,6 +140,8 @@ class Runner:
             try:
                 yield from self._attempt(call, seq, mesh, members)
             except Lost as error:
+                if self.history.drowsy and host.rng.random() < 0.5:
+                    yield from host.sleep(host.world.lag(1.0))
                 host.post(core.interrupt(name, last, error.peer))
                 host.poke()
                 yield
@@ -155,6 +166,7 @@ class Runner:
         if not core.complete(name, seq, epoch):
             raise Lost(0)
         self.judge.completed(host, name, seq, epoch)
+        yield from self.point("confirmed")
 
     def _agree(
         self, call: Call, seq: int, mesh: Mesh, members: tuple[int, ...], contributors: set[int]
@@ -178,7 +190,7 @@ class Runner:
         for peer in senders:
             lane.phase, lane.waiting_for = "waiting", peer
             while True:
-                theirs = yield from self._take(mesh, peer, name)
+                theirs = mesh.take(me, peer, name) or (yield from self._take(mesh, peer, name))
                 if not isinstance(theirs, Header):
                     # That peer is in an operation of another kind, with which this one has no link in use.
                     self.judge.count("skipped a confirmation")
@@ -200,7 +212,7 @@ class Runner:
         while distance < size:
             mesh.send(me, members[(rank + distance) % size], name, seq)
             peer = members[(rank - distance) % size]
-            theirs = yield from self._take(mesh, peer, name)
+            theirs = mesh.take(me, peer, name) or (yield from self._take(mesh, peer, name))
             if theirs != seq:
                 self.judge.fail(f"{self.host.name}: {peer} confirmed {theirs}, not {seq}")
             distance *= 2
@@ -208,9 +220,7 @@ class Runner:
     def _take(self, mesh: Mesh, peer: int, name: str) -> Generator[None, None, Any]:
         me = self.host.core.member
         while (note := mesh.take(me, peer, name)) is None:
-            if self.host.quits:
-                self.host.quits = False
-                raise Quit
+            self._quit_if_told()
             yield
         return note
 

@@ -1,24 +1,33 @@
 """Plays seeded histories of the membership protocol; as a script, it replays or explores.
 
     python tests/membership/simulation.py --seed 17              # one history, with its trace if it fails
-    python tests/membership/simulation.py --seed 0 --count 5000  # many, and what they touched
+    python tests/membership/simulation.py --seed 0 --count 5000  # many, what they touched, and branches they never took
+    python tests/membership/simulation.py --count 5000 --unwatched  # how fast they are
 
 Everything that can differ between two runs (network, clock, disk, crashes, threads) is drawn from the seed.
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.membership.branches import watch
 from tests.membership.history import History, draw
 from tests.membership.judge import Violation
+from tests.membership.shrink import as_test, failure, shrink
 from tests.membership.world import World
+
+LONG = 200
+"""Events of a history that counts as a long one."""
 
 
 @dataclass(slots=True)
@@ -26,6 +35,8 @@ class Report:
     """What a number of histories touched."""
 
     histories: int = 0
+    long: int = 0
+    """Histories of 200 events or more."""
     events: int = 0
     seconds: float = 0.0
     """Of CPU time."""
@@ -39,8 +50,14 @@ def play(seed: int) -> World:
         world.play()
     except Exception:
         # Once more, to tell how it came to that: the same seed gives the same history.
-        raise Violation(trace(seed)) from None
+        raise Violation(f"{trace(seed)}\n\nas a test case, without what is not needed:\n\n{case_of(seed)}") from None
     return world
+
+
+def case_of(seed: int) -> str:
+    """Shrink a history that fails, and write it as a test that can be pasted into a file."""
+    small = shrink(draw(seed), lambda history: failure(history) is not None)
+    return f"{as_test(small)}\n# {failure(small)}"
 
 
 def trace(seed: int) -> str:
@@ -78,15 +95,38 @@ def describe(history: History) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def _rarely_collected(every: int = 100) -> Iterator[Callable[[], None]]:
+    """Look for garbage once in `every` calls of what this yields, not at any time: a history's objects die together."""
+    calls = 0
+
+    def played() -> None:
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            gc.collect()
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield played
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def first_violation(most: int, themes: tuple[str, ...] = ()) -> int:
     """Return the first seed below `most` (of histories with these themes, if any) that breaks a rule, -1 if none."""
-    for seed in range(most):
-        history = draw(seed)
-        if not themes or history.theme in themes:
-            try:
-                World(history).play()
-            except Exception:
-                return seed
+    with _rarely_collected() as played:
+        for seed in range(most):
+            history = draw(seed)
+            if not themes or history.theme in themes:
+                try:
+                    World(history).play()
+                except Exception:
+                    return seed
+                played()
     return -1
 
 
@@ -94,11 +134,14 @@ def explore(first: int, count: int) -> Report:
     """Play `count` histories from seed `first` on. Raises `Violation` at the first that fails."""
     report = Report()
     began = time.process_time()
-    for seed in range(first, first + count):
-        world = play(seed)
-        report.histories += 1
-        report.events += world.events
-        report.seen.update(world.judge.seen)
+    with _rarely_collected() as played:
+        for seed in range(first, first + count):
+            world = play(seed)
+            report.histories += 1
+            report.long += world.events >= LONG
+            report.events += world.events
+            report.seen.update(world.judge.seen)
+            played()
     report.seconds = time.process_time() - began
     return report
 
@@ -108,20 +151,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--unwatched", action="store_true", help="do not tell the branches taken: the speed as it is")
     parser.add_argument("--trace", action="store_true", help="print the trace of a history that holds, too")
     given = parser.parse_args()
     if given.trace:
         print(trace(given.seed))
         return 0
     try:
-        report = explore(given.seed, given.count)
+        with nullcontext(None) if given.unwatched else watch() as branches:
+            report = explore(given.seed, given.count)
     except Violation as violation:
         print(violation)
         return 1
     for what, times in sorted(report.seen.items()):
         print(f"{times:9d}  {what}")
-    rate = report.histories / max(report.seconds, 1e-9)
-    print(f"{report.histories} histories held, {report.events} events, {rate:.0f} histories/s of CPU time")
+    if branches is not None:
+        print(f"{len(branches.taken)} branches of the coordinator's and the member's state machines taken")
+        print("".join(f"never: {branch}\n" for branch in branches.never), end="")
+    seconds = max(report.seconds, 1e-9)
+    rate, long = report.histories / seconds, report.long / seconds
+    print(f"{report.histories} histories held, {report.events} events")
+    print(f"{rate:.0f} histories a second of CPU time, {long:.0f} of them of {LONG} events or more")
     return 0
 
 

@@ -60,16 +60,16 @@ class World:
 
     def play(self) -> None:
         """Play the history. Raises `Violation` if a rule was broken."""
-        heap = self._heap
+        heap, events = self._heap, 0
         while heap:
             self.now, _, action, given = heappop(heap)
-            if self.now > DEADLINE or self.events > MOST_EVENTS:
+            if self.now > DEADLINE or events > MOST_EVENTS:
                 raise Violation(
                     f"no end by {self.now:.0f} s, after {self.events} events: "
                     + "; ".join(host.describe() for host in self.hosts)
                 )
             action(*given)
-            self.events += 1
+            self.events = events = events + 1
             if not self.active and self._over():
                 break
         self.judge.finish()
@@ -106,6 +106,7 @@ class World:
     def _strike(self, fault: Fault, host: Host | None) -> None:
         if fault.where >= 0 or host is None:
             host = self.hosts[max(fault.where, 0)]
+        self.judge.count(f"fault {fault.what} at {fault.point or 'a time'}")
         self.say(f"FAULT {fault.what} at {fault.point or 'its time'}: {host.name}")
         getattr(self.faults, fault.what)(fault, host)
 
