@@ -329,3 +329,15 @@ def test_heartbeats_tell_what_the_lanes_do(core: Member) -> None:
         ("main", 1, "all_reduce", "idle"),
         ("side", 1, "barrier", "waiting"),
     ]
+
+
+def test_a_failed_link_and_a_fence_each_need_the_coordinator(core: Member) -> None:
+    core.enter("main", "all_reduce")
+    assert core.interrupt("main", 1, 0) == []  # closed from here: there is nothing to ask
+    assert not core.outstanding
+    assert core.needs_coordinator
+    fence(core, 2)
+    core.outstanding.clear()
+    assert core.decision is not None
+    core.lanes["main"].interrupted = 0
+    assert core.needs_coordinator

@@ -84,3 +84,8 @@ def test_under_way() -> None:
     assert under_way(row(2), 2)
     assert not under_way(row(2, "idle"), 2)
     assert not under_way(row(3), 2)
+
+
+def test_a_link_is_silent_whichever_end_waits() -> None:
+    rows = {1: {"main": row(2, waiting_for=3)}, 3: {"main": row(2, waiting_for=1)}}
+    assert silent_links(rows, "main", 2) == [(1, 3), (3, 1)]
