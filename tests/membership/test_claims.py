@@ -3,7 +3,7 @@
 from collectives.membership.claims import Claims, digest_of, disputes, group_name, lane_of
 from collectives.membership.decisions import part_of
 from collectives.membership.frontiers import frontiers
-from collectives.membership.protocol import Beat, Decision, LaneReport, LaneStatus, Prepare, Report
+from collectives.membership.protocol import Beat, Decision, LaneReport, LaneStatus, Prepare, Report, Verdict
 from tests.membership.desk import Desk
 
 LOW, HIGH = lane_of("tp", (1, 2), "main"), lane_of("tp", (1, 2, 3), "main")
@@ -49,6 +49,13 @@ def test_a_dispute_that_has_ended_is_none_but_a_third_opinion_is() -> None:
     claims.settle(disputes(reports, frontiers(reports)))
     assert not claims.disputed([status(LOW, (1, 2)), status(HIGH, (1, 2, 3))])
     assert claims.disputed([status(lane_of("tp", (2, 1), "main"), (2, 1))])
+
+
+def test_a_lane_whose_operation_crossed_another_may_be_disputed_still() -> None:
+    claims = Claims()
+    claims.settle([Verdict(LOW, 1, "crossed", "why")])
+    assert not claims.disputed([status(HIGH, (1, 2, 3), "idle")])
+    assert claims.disputed([status(LOW, (1, 2))])
 
 
 def test_all_lanes_by_that_name_end_behind_what_is_complete() -> None:
