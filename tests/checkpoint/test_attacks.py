@@ -266,5 +266,6 @@ def test_the_commands_end_with_code_4_and_one_line(store: Path) -> None:
         check=True,
     )
     assert missing.stdout.splitlines()[-1] == "[4, 4, 4, 4]"
-    assert missing.stderr.count("ringhold: error: there is no Ringhold checkpoint in") == 4
+    assert missing.stderr.count("ringhold: error: there is no Ringhold checkpoint in") == 3
+    assert missing.stderr.count("does not exist; check the path") == 1, "which inspect says, as it knows all formats"
     assert "Traceback" not in missing.stderr + done.stderr

@@ -36,7 +36,7 @@ def name(value: Any) -> str:
     return str(value.__name__) if callable(value) else f"{value[0]}-{value[1]}"
 
 
-@pytest.mark.parametrize(("group", "function"), CASES, indirect=["group"], ids=name)
+@pytest.mark.parametrize(("group", "function"), CASES, indirect=["group"], ids=name, scope="module")
 def test_results_are_those_of_arithmetic_and_equal_on_all_ranks(group: Residents, function: Callable[..., Any]) -> None:
     first, *others = group.run(function)
     assert first, "it checked nothing"
