@@ -18,6 +18,7 @@ def operate(peer: Peer) -> int:
         for work in works:
             work.wait()
         comm.broadcast(torch.ones(300_000), comm.members[0])
+        comm.barrier()
         return comm.member_id
 
 
