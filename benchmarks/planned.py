@@ -29,6 +29,7 @@ from parallel.executing import Executor, shard_of, shards_of
 from parallel.export import device_mesh, dtensor_placements
 from parallel.graph import Role
 from parallel.layout import Broadcast, Layout, Mesh, Split
+from parallel.models.examples import MLP
 from parallel.planner import plan
 from parallel.plans import Placements, Plan
 
@@ -46,20 +47,6 @@ Run = Callable[[], float]
 """Takes a step and returns its loss."""
 
 
-class Layers(nn.Module):
-    """The model."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(hidden, hidden, bias=False)
-        self.down = nn.Linear(hidden, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, hidden) to the same."""
-        out: Tensor = self.down(F.relu(self.up(x)))
-        return out
-
-
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
     """Mean squared error."""
     x, target = batch
@@ -72,7 +59,7 @@ class Case:
     def __init__(self, kind: str, peers: int, batch: int, hidden: int) -> None:
         torch.manual_seed(0)
         self.kind, self.mesh = kind, Mesh((("x", peers),))
-        self.model = Layers(hidden)
+        self.model = MLP(hidden)
         self.batch = (torch.randn(batch, hidden), torch.randn(batch, hidden))
         optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE)
         self.step: Step = capture(loss_of, self.model, optimizer, self.batch)

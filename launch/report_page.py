@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from launch.figures import percentile
 from launch.report_style import STYLE
 from launch.report_time import time_charts
 from launch.story import KINDS, Recovery, Story
@@ -81,7 +82,7 @@ def _recoveries(story: Story) -> str:
     )
     rows = "".join(
         f"<tr><th>{name}</th>"
-        + "".join(f"<td>{_seconds(_quantile(values, q))}</td>" for q in (0.5, 0.99, 1.0))
+        + "".join(f"<td>{_seconds(percentile(values, percent))}</td>" for percent in (50, 99, 100))
         + "</tr>"
         for name, values in columns
     )
@@ -190,11 +191,6 @@ def _checks(story: Story) -> str:
 
 def _total(one: Recovery) -> float:
     return one.detect + one.reform + one.first
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def _seconds(value: float | None) -> str:
