@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--mesh", help='Ranks: "4", "2x4" or "dp=2,tp=4".  [default: 4]')
 @click.option("--memory", help="Bytes that a rank may hold, with K, M or G.")
 @click.option("--pin", "pins", multiple=True, metavar="NAME=S(0),B", help="Where a tensor must live; may be repeated.")
+@click.option("--redundancy", type=click.IntRange(0, 1), help="1 counts second copies of what one rank holds alone.")
 @click.option("--devices", type=click.IntRange(1), help="Devices of the cluster, with --config.")
 @click.option(
     "--hardware", metavar="NAME|FILE", help="Cluster: h100, a100 or a file.  [default: CPU ranks of one host]"
@@ -52,7 +53,7 @@ def command(**given: Any) -> None:
     if chosen == ["config"]:
         from launch import plan_scale
 
-        for flag in ("mesh", "profile", "html"):
+        for flag in ("mesh", "profile", "html", "redundancy"):
             if given[flag] is not None:
                 raise UsageError(f"--{flag} is for --example and --step; --config plans for --devices")
         plan_scale.run(given["config"], {**given, "memory": memory, "hardware": given["hardware"] or "h100"})
@@ -72,13 +73,13 @@ def _plan_step(given: dict[str, Any], memory: int | None) -> None:
         pins_of(given["pins"]),
     )
     step = step_of(given)
-    tied = not given["untied"]
-    found = plans(step, mesh, given["top"] or 1, memory, pins, machine, tied)
+    tied, redundancy = not given["untied"], given["redundancy"] or 0
+    found = plans(step, mesh, given["top"] or 1, memory, pins, machine, tied, redundancy=redundancy)
     rivals: dict[str, Plan | None] = {}
     if given["explain"]:
         from launch.plan_rivals import compare
 
-        rivals = compare(step, mesh, machine, tied, pins, memory)
+        rivals = compare(step, mesh, machine, tied, pins, memory, redundancy)
     if given["html"] is not None:
         from launch.plan_page import page
 

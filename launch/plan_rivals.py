@@ -14,7 +14,13 @@ from parallel.tables import seconds, size
 
 
 def compare(
-    step: Step, mesh: Mesh, machine: Machine, tied: bool, pins: Mapping[str, Placements], memory: float | None
+    step: Step,
+    mesh: Mesh,
+    machine: Machine,
+    tied: bool,
+    pins: Mapping[str, Placements],
+    memory: float | None,
+    redundancy: int,
 ) -> dict[str, Plan | None]:
     """The best plans of some kinds; None where nothing of that kind keeps within the memory and the pins."""
     whole = (Broadcast(),) * len(mesh.axes)
@@ -30,11 +36,11 @@ def compare(
     found: dict[str, Plan | None] = {}
     for name, wanted in kinds.items():
         try:
-            found[name] = plan(step, mesh, memory, wanted | dict(pins), machine, tied)
+            found[name] = plan(step, mesh, memory, wanted | dict(pins), machine, tied, redundancy=redundancy)
         except NoPlan:
             found[name] = None
     if pins:
-        found["without the pins"] = plan(step, mesh, memory, {}, machine, tied)
+        found["without the pins"] = plan(step, mesh, memory, {}, machine, tied, redundancy=redundancy)
     return found
 
 

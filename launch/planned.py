@@ -155,7 +155,8 @@ def planner_of(config: JobConfig, graph: Graph) -> Planner:
     def planned(members: int) -> Plan:
         if members not in known:
             mesh = mesh_of(config.plan, members)
-            known[members] = plan(graph, mesh, pins={name: placed(text, mesh) for name, text in config.pins.items()})
+            pins = {name: placed(text, mesh) for name, text in config.pins.items()}
+            known[members] = plan(graph, mesh, pins=pins, redundancy=config.redundancy)
         return known[members]
 
     return planned

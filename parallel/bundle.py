@@ -1,5 +1,9 @@
-"""Several reshards as one schedule: what they send is the same, and it takes one operation. Called by `execute`."""
+"""Several reshards as one schedule: what they send is the same, and it takes one operation.
 
+Called by `parallel.executing`, and by `parallel.carry` for second copies.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +15,9 @@ from collectives.communicator import Communicator
 from collectives.errors import UsageError
 from collectives.schedule import Schedule
 from parallel.resharding import Reshard, schedule_of
+
+SMALL = 2**20
+"""Bytes of a tensor up to which it shares an operation with others: a copy costs less than another operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,3 +56,14 @@ def bundle(changes: tuple[Reshard, ...]) -> Bundle:
         raise UsageError("reshards of different worlds or reductions cannot be run as one; run one after the other")
     flows = tuple(flow for change in changes for flow in change.flows)
     return Bundle(changes, schedule_of(flows, changes[0].schedule.world))
+
+
+def alike(changes: Sequence[Reshard], dtypes: Sequence[torch.dtype]) -> list[list[int]]:
+    """Which reshards to run as one, by their numbers: small ones that send something, of one dtype and reduction."""
+    apart, together = list[list[int]](), dict[tuple[torch.dtype, str], list[int]]()
+    for number, (change, dtype) in enumerate(zip(changes, dtypes, strict=True)):
+        if change.local or math.prod(change.shape) * dtype.itemsize > SMALL:
+            apart.append([number])
+        else:
+            together.setdefault((dtype, change.combining), []).append(number)
+    return [*apart, *together.values()]

@@ -3,16 +3,21 @@
 Before the loss every tensor lives in a layout whose ranks are the old ones; afterwards it is wanted in another, on the
 survivors. What a lost member held alone is taken from its buddy: with redundancy the shards of each rank are kept a
 second time by another, by the layout that `buddy` gives, and refreshed with every change (`Replicas`). Without, such
-state is gone from memory, and `carry` names the tensors for which the last checkpoint has to be read.
+state is gone from memory, and `carry` names the tensors for which the last checkpoint has to be read. What second
+copies cost is `refreshing`; planners count it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torch import Tensor
 
 from collectives.communicator import Communicator
 from collectives.errors import StateLost, UsageError
+from parallel.boxing import Boxing
+from parallel.bundle import alike, bundle
 from parallel.cells import Piece, cells_of, pieces
 from parallel.layout import Layout, Mesh, Shard
 from parallel.resharding import Change, flows_of, reshard, schedule_of
@@ -39,6 +44,18 @@ def buddy(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
     axes = [axis for axis in range(len(layout.mesh.axes)) if _cuts(layout, axis)]
     keeper = {line[at]: line[at - 1] for line in layout.mesh.groups(axes[-1]) for at in range(len(line))}
     return Layout(Mesh(layout.mesh.axes, tuple(keeper[rank] for rank in layout.mesh.ranks)), layout.placements)
+
+
+@lru_cache(maxsize=1 << 14)
+def refreshing(layout: Layout, shape: tuple[int, ...]) -> Boxing | None:
+    """What it takes to bring the second copies of a tensor up to date, in closed form; None where there are none.
+
+    Every shard goes to the next rank along one axis, so all elements are sent once. Errors: those of `buddy`.
+    """
+    if buddy(layout, shape) is None:
+        return None
+    axis = max(axis for axis in range(len(layout.mesh.axes)) if _cuts(layout, axis))
+    return Boxing("exchange", (layout.mesh.names[axis],), math.prod(shape), 1)
 
 
 def _cuts(layout: Layout, axis: int) -> bool:
@@ -73,13 +90,19 @@ class Replicas:
     ) -> None:
         """Bring the copies up to date with the shards of `state`; every rank calls it. All of them change, or none.
 
+        Small tensors of one dtype go together. Copies of tensors that `state` does not have stay as they are.
+
         Raises:
             MemberLost: somebody was lost; the copies are the old ones.
 
         """
-        moves = {name: reshard(layouts[name], copy, shapes[name], comm.size) for name, copy in self.layouts.items()}
-        fresh = {name: move.run(comm, state[name]) for name, move in moves.items()}
-        self.shards = {name: shard.clone() for name, shard in fresh.items()}
+        names = [name for name in self.layouts if name in state]
+        moves = [reshard(layouts[name], self.layouts[name], shapes[name], comm.size) for name in names]
+        fresh: dict[str, Tensor] = {}
+        for group in alike(moves, [state[name].dtype for name in names]):
+            moved = bundle(tuple(moves[at] for at in group)).run(comm, [state[names[at]] for at in group])
+            fresh.update({names[at]: shard.clone() for at, shard in zip(group, moved, strict=True)})
+        self.shards = {**self.shards, **fresh}
 
 
 def carry(

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from collectives.errors import UsageError
 from collectives.topology import Link
 from parallel.boxing import Boxing, boxing
-from parallel.graph import Node, Value
+from parallel.carry import refreshing
+from parallel.graph import KEPT, Input, Node, Value
 from parallel.layout import Flat, Layout, Mesh, Split
 from parallel.machine import Machine
 from parallel.plans import Placements, Sharding
@@ -36,10 +37,11 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs on a mesh of ranks of a machine."""
+    """Costs on a mesh of ranks of a machine; with second copies of what a rank holds alone, if `redundancy` is 1."""
 
     mesh: Mesh
     machine: Machine
+    redundancy: int = 0
 
     def operation(self, node: Node, sharding: Sharding) -> float:
         """Seconds of a node on the rank that has the most to do."""
@@ -67,6 +69,20 @@ class Costs:
         link = self.link(change.axes)
         sent = change.elements * value.dtype.itemsize / self.mesh.size
         return change.launches * self.machine.launch + change.steps * link.latency + sent / link.bandwidth
+
+    def refresh(self, source: Input, placed: Placements) -> float:
+        """Seconds of bringing the second copy of an input up to date."""
+        found = self._copied(source, placed)
+        return 0.0 if found is None else self.reshard(source.value, found)
+
+    def copy_bytes(self, source: Input, placed: Placements) -> int:
+        """Bytes of the second copy of an input on the rank that holds the most of it."""
+        return 0 if self._copied(source, placed) is None else self.local_bytes(source.value, placed)
+
+    def _copied(self, source: Input, placed: Placements) -> Boxing | None:
+        if not self.redundancy or source.role not in KEPT:
+            return None
+        return refreshing(Layout(self.mesh, placed), source.value.shape)
 
     def change(self, shape: tuple[int, ...], before: Placements, after: Placements) -> Boxing | None:
         """What a reshard moves; None if it is not possible."""

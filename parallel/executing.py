@@ -18,15 +18,12 @@ from torch import Tensor
 
 from collectives.communicator import Communicator
 from collectives.errors import LayoutMismatch, UsageError
-from parallel.bundle import bundle
+from parallel.bundle import alike, bundle
 from parallel.graph import Node, Phase, Role, Value
 from parallel.layout import Broadcast, Layout
 from parallel.plans import Placements, Plan, Sharding
 from parallel.resharding import Reshard, reshard
 from parallel.signatures import Signature, localize
-
-SMALL = 2**20
-"""Bytes of a shard up to which it shares an operation with others: a copy costs less than another operation."""
 
 _Key: TypeAlias = tuple[str, Placements]
 """A value of the graph in certain placements."""
@@ -247,12 +244,7 @@ def _change(plan: Plan, need: _Need, world: int) -> Reshard:
 
 
 def _bundled(plan: Plan, world: int, needs: list[_Need]) -> Iterator[list[_Need]]:
-    """Which reshards are run as one: small ones that send something, alike in dtype and reduction."""
-    together: dict[tuple[torch.dtype, str], list[_Need]] = {}
-    for need in needs:
-        change = _change(plan, need, world)
-        if change.local or need.value.nbytes > SMALL:
-            yield [need]
-        else:
-            together.setdefault((need.value.dtype, change.combining), []).append(need)
-    yield from together.values()
+    """Which reshards are run as one."""
+    changes = [_change(plan, need, world) for need in needs]
+    for numbers in alike(changes, [need.value.dtype for need in needs]):
+        yield [needs[number] for number in numbers]

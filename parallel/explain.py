@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from parallel.cost import local_size
 from parallel.graph import Graph, Role, layer_of
 from parallel.plans import Placements, Plan, Reshard
 
@@ -87,6 +88,12 @@ def places(plan: Plan, roles: frozenset[Role]) -> list[tuple[str, Placements, in
     return [(name, placed, counts[name, placed], sizes[name, placed]) for name, placed in sizes]
 
 
+def copied(plan: Plan) -> int:
+    """Bytes of second copies on the rank that holds the most of them."""
+    costs = ((local_size(c.source.value.shape, c.layout.placements, plan.mesh.shape), c) for c in plan.replicas)
+    return sum(size * copy.source.value.dtype.itemsize for size, copy in costs)
+
+
 def to_json(plan: Plan) -> dict[str, Any]:
     """As JSON values; bytes are those that all ranks together send."""
     names = labels(plan.graph)
@@ -117,6 +124,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "loss_bytes": sum(reshard.nbytes for reshard in loss),
         "launches": len(plan.collectives),
     }
+    if plan.redundancy:
+        report["second_copies"] = {
+            "tensors": [copy.source.name for copy in plan.replicas],
+            "bytes": sum(copy.nbytes for copy in plan.replicas),
+            "memory": copied(plan),
+        }
     if plan.figures is not None:
         figures = plan.figures
         report |= {
@@ -124,6 +137,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "time": figures.time,
             "compute_time": figures.compute,
             "communication_time": figures.communication,
+            "copying_time": figures.copying,
             "memory": figures.memory,
             "memory_at_peak": figures.at_peak,
             "optimality_gap": figures.gap,

@@ -22,6 +22,7 @@ class Classes:
         source: class of each input.
         count: members of each class.
         first: a member of each class that stands for all.
+        changed: classes of the inputs that the step gives new values.
 
     """
 
@@ -29,6 +30,7 @@ class Classes:
     source: tuple[int, ...]
     count: tuple[int, ...]
     first: tuple[Node | Input, ...]
+    changed: frozenset[int]
 
 
 def fold(graph: Graph, pins: Mapping[str, Placements], tied: bool = True) -> Classes:
@@ -36,7 +38,8 @@ def fold(graph: Graph, pins: Mapping[str, Placements], tied: bool = True) -> Cla
 
     Args:
         graph: the step.
-        pins: placements by the user's names of inputs; inputs that are pinned alike only are tied.
+        pins: placements by the user's names of inputs; only inputs that are pinned alike are tied, and that the step
+            changes alike.
         tied: whether to fold at all; otherwise each is a class of its own.
 
     """
@@ -64,14 +67,18 @@ def fold(graph: Graph, pins: Mapping[str, Placements], tied: bool = True) -> Cla
         return (stack, rest, what, occurrence)
 
     sources = tuple(
-        number(("input", place(source, source.name, _source_kind(source, pins))), source) for source in graph.inputs
+        number(("input", place(source, source.name, _source_kind(graph, source, pins))), source)
+        for source in graph.inputs
     )
     nodes = tuple(number(("node", place(node, node.module, (node.phase, form(node)))), node) for node in graph.nodes)
-    return Classes(nodes, sources, tuple(count[at] for at in range(len(first))), tuple(first))
+    pairs = zip(graph.inputs, sources, strict=True)
+    changed = frozenset(kind for source, kind in pairs if source.name in graph.changed)
+    return Classes(nodes, sources, tuple(count[at] for at in range(len(first))), tuple(first), changed)
 
 
-def _source_kind(source: Input, pins: Mapping[str, Placements]) -> Hashable:
-    return source.role, source.value.shape, source.value.dtype, pins.get(source.name)
+def _source_kind(graph: Graph, source: Input, pins: Mapping[str, Placements]) -> Hashable:
+    changed = source.name in graph.changed
+    return source.role, source.value.shape, source.value.dtype, pins.get(source.name), changed
 
 
 def form(node: Node) -> Hashable:

@@ -44,6 +44,10 @@ class Role(StrEnum):
     """Of the loss by the parameter of that name."""
 
 
+KEPT = frozenset({Role.PARAMETER, Role.STATE, Role.BUFFER})
+"""Roles of what a step hands on to the next."""
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """A tensor of the graph: a unique name, the global shape, the dtype."""
@@ -223,6 +227,12 @@ class Graph:
     def named(self) -> dict[str, Input]:
         """The inputs by the user's names."""
         return {source.name: source for source in self.inputs}
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The inputs that a step hands on with a new value, by the user's names."""
+        given = {source.value for source in self.inputs}
+        return frozenset(out.name for out in self.outputs if out.role in KEPT and out.value not in given)
 
     def output(self, role: Role, name: str = "") -> Output:
         """The output of a role and, unless it is the loss, a name.

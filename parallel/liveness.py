@@ -1,8 +1,9 @@
 """How much memory a plan needs while the step runs, and the rows that keep a program within a limit.
 
 A value is held from when it is made (or given) to its last use; parameters and optimizer state make room for their new
-values at theirs. A resharded copy is held from the first operation that takes it to the last. Memory is that of the
-rank that holds the most: shards of uneven splits count as the largest.
+values at theirs. A resharded copy is held from the first operation that takes it to the last, a second copy for the
+case that a rank is lost all the time. Memory is that of the rank that holds the most: shards of uneven splits count as
+the largest.
 """
 
 from collections import defaultdict
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.flows import Flow
-from parallel.graph import Role
+from parallel.graph import Input, Role
 from parallel.plans import Placements, Plan
 from parallel.program import Pair, Program, Vector
 
+_COPIES = "second copies"
 _GROUPS = {
     Role.PARAMETER: "parameters",
     Role.STATE: "optimizer",
@@ -50,7 +52,7 @@ def profile(program: Program, plan: Plan) -> Profile:
     """Follow the memory of a plan through the step."""
     end = len(program.graph.nodes)
     change = np.zeros(end + 2)
-    groups = _groups(program)
+    groups = _groups(program) | {_COPIES: _COPIES}
     spans: list[tuple[str, int, int, int]] = []
     for flow in program.flows.values:
         value = flow.value
@@ -63,6 +65,8 @@ def profile(program: Program, plan: Plan) -> Profile:
                 copies[placed].append(use.at)
         for placed, at in copies.items():
             spans.append((value.name, min(at), max(at), program.costs.local_bytes(value, placed)))
+    for source, placed in zip(plan.graph.inputs, plan.starts, strict=True):
+        spans.append((_COPIES, 0, end, program.costs.copy_bytes(source, placed)))
     for _, first, last, size in spans:
         change[first] += size
         change[last + 1] -= size
@@ -70,7 +74,7 @@ def profile(program: Program, plan: Plan) -> Profile:
     peak = int(held.argmax())
     at_peak: dict[str, int] = defaultdict(int)
     for name, first, last, size in spans:
-        if first <= peak <= last:
+        if size and first <= peak <= last:
             at_peak[groups.get(name, "activations")] += size
     return Profile(held, dict(at_peak))
 
@@ -87,6 +91,11 @@ def limit(program: Program, at: int, nbytes: float) -> None:
                 size = program.costs.local_bytes(value, placed)
                 for number in numbers:
                     terms[number] += size
+        source = program.classes.first[flow.maker]
+        if isinstance(source, Input) and program.costs.redundancy:
+            for placed, numbers in program.made(flow.maker, flow.output).items():
+                for number in numbers:
+                    terms[number] += program.costs.copy_bytes(source, placed)
         for pair, (before, now, after) in _copied(program, flow, at).items():
             size = program.costs.local_bytes(value, pair[1])
             if now:

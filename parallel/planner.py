@@ -45,6 +45,7 @@ def plan(
     machine: Machine = CPU,
     tied: bool = True,
     seconds: float = 20.0,
+    redundancy: int = 0,
 ) -> Plan:
     """Find the plan with the least predicted time.
 
@@ -57,6 +58,7 @@ def plan(
         machine: what operations and messages take.
         tied: whether equal layers are planned alike.
         seconds: that branch and bound may take for a plan; it is not needed where the linear relaxation is integral.
+        redundancy: 1: count the second copies that `parallel.training` then keeps of state which a rank holds alone.
 
     Raises:
         UsageError: a pin names nothing, or a placement that the tensor cannot have.
@@ -64,7 +66,7 @@ def plan(
         Unsolved: no plan was found in that time.
 
     """
-    return plans(step, mesh, 1, memory, pins, machine, tied, seconds)[0]
+    return plans(step, mesh, 1, memory, pins, machine, tied, seconds, redundancy)[0]
 
 
 def plans(
@@ -76,6 +78,7 @@ def plans(
     machine: Machine = CPU,
     tied: bool = True,
     seconds: float = 20.0,
+    redundancy: int = 0,
 ) -> list[Plan]:
     """The best plans, the fastest first; each next one places some parameter, state or batch tensor otherwise.
 
@@ -84,7 +87,7 @@ def plans(
     graph = step.graph if isinstance(step, Step) else step
     pins = dict(pins or {})
     check_pins(graph, mesh, pins)
-    search = Search(graph, Costs(mesh, machine), pins, memory, tied, seconds)
+    search = Search(graph, Costs(mesh, machine, redundancy), pins, memory, tied, seconds)
     first, options = search.best()
     return [first, *search.others(options, count - 1)]
 
@@ -212,7 +215,11 @@ class Search:
         total = 0
         for kind, member in enumerate(self.classes.first):
             if isinstance(member, Input):
-                sizes = (self.costs.local_bytes(member.value, o) for o in self.all[kind] if not isinstance(o, Sharding))
+                sizes = (
+                    self.costs.local_bytes(member.value, placed) + self.costs.copy_bytes(member, placed)
+                    for placed in self.all[kind]
+                    if not isinstance(placed, Sharding)
+                )
                 total += self.classes.count[kind] * min(sizes)
         return total
 
@@ -251,6 +258,7 @@ def _read(program: Program, solution: Solution) -> Plan:
         tuple(starts[kind] for kind in classes.source),
         tuple(nodes[kind] for kind in classes.node),
         (),
+        redundancy=program.costs.redundancy,
     )
     return replace(plan_, ends=_ends(program.graph, classes, starts, plan_.made, program.costs.everywhere))
 
@@ -277,14 +285,16 @@ def _figures(program: Program, found: Plan, held: Profile, solution: Solution) -
         costs.operation(node, sharding) for node, sharding in zip(found.graph.nodes, found.nodes, strict=True)
     )
     talk = sum(costs.reshard(reshard.value, reshard.boxing) for reshard in found.reshards)
+    copying = sum(costs.refresh(copy.source, copy.layout.placements) for copy in found.replicas if copy.changed)
     gap = max(0.0, solution.objective - solution.bound) / solution.objective if solution.objective else 0.0
     return Figures(
         compute=compute,
         communication=talk,
+        copying=copying,
         memory=held.peak,
         at_peak=held.at_peak,
         gap=gap,
-        bound=min(solution.bound, compute + talk),
+        bound=min(solution.bound, compute + talk + copying),
         relaxed=solution.relaxed,
         tied=len(program.classes.first) < len(found.graph.nodes) + len(found.graph.inputs),
         machine=costs.machine.name,

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import Any, TypeAlias
 
 from parallel.boxing import Boxing, boxing
-from parallel.graph import Graph, Phase, Role, Value
+from parallel.carry import refreshing
+from parallel.graph import KEPT, Graph, Input, Phase, Role, Value
 from parallel.layout import Layout, Mesh, Placement
 
 Placements: TypeAlias = tuple[Placement, ...]
@@ -59,18 +60,42 @@ class Reshard:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A second copy of a state that ranks hold alone, each shard on one more rank; see `parallel.carry`.
+
+    Attributes:
+        source: the parameter, buffer or optimizer state.
+        layout: where it lives; the copies are of its shards.
+        boxing: what it takes to bring the copies up to date.
+        changed: whether a step changes it, so that they have to be.
+
+    """
+
+    source: Input
+    layout: Layout
+    boxing: Boxing
+    changed: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all ranks together send for it in a step."""
+        return self.boxing.elements * self.source.value.dtype.itemsize if self.changed else 0
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What a plan is predicted to take, on a machine.
 
     Attributes:
         compute, communication: seconds of a step.
         memory: bytes of the rank that holds the most, at its peak.
-        at_peak: of these, bytes of parameters, optimizer, gradients and activations.
+        at_peak: of these, bytes of parameters, optimizer, gradients, activations and second copies.
         gap: how far the plan may be from the best, as a share of its time: relative to the cost model, and to the
             problem in which equal layers are tied (`tied`).
         bound: seconds that no plan can be below, in the same sense; ties cost some nanoseconds there.
         relaxed: whether the linear relaxation was integral by itself, so that no search was needed.
         machine: name.
+        copying: seconds of a step in which second copies are brought up to date.
         by_axis: whether it was found along one axis of the mesh at a time; the bound is then of computation alone.
 
     """
@@ -84,12 +109,13 @@ class Figures:
     relaxed: bool
     tied: bool
     machine: str
+    copying: float = 0.0
     by_axis: bool = False
 
     @property
     def time(self) -> float:
         """Seconds of a step: nothing hides behind anything."""
-        return self.compute + self.communication
+        return self.compute + self.communication + self.copying
 
 
 @dataclass(frozen=True)
@@ -104,6 +130,7 @@ class Plan:
         ends: placements in which each of `graph.outputs` is left: a new parameter or state as its old value came, the
             loss on every rank, a gradient as it was made.
         figures: what the planner predicts; None for a plan that was not made by it.
+        redundancy: 1 if a second copy is kept of state that a rank holds alone.
 
     """
 
@@ -113,6 +140,7 @@ class Plan:
     nodes: tuple[Sharding, ...]
     ends: tuple[Placements, ...]
     figures: Figures | None = None
+    redundancy: int = 0
 
     @cached_property
     def made(self) -> dict[str, Placements]:
@@ -145,6 +173,20 @@ class Plan:
     def collectives(self) -> tuple[Reshard, ...]:
         """The changes of placement for which something is sent."""
         return tuple(reshard for reshard in self.reshards if reshard.boxing.elements)
+
+    @cached_property
+    def replicas(self) -> tuple[Replica, ...]:
+        """The second copies that are kept."""
+        if not self.redundancy:
+            return ()
+        changed = self.graph.changed
+        found = []
+        for source in self.graph.inputs:
+            layout = self.layouts[source.name]
+            cost = refreshing(layout, source.value.shape) if source.role in KEPT else None
+            if cost is not None:
+                found.append(Replica(source, layout, cost, source.name in changed))
+        return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
         """Placements by name, collectives, totals and figures as JSON values; see `parallel.explain`."""

@@ -222,10 +222,11 @@ class Program:
 
 
 def price(classes: Classes, costs: Costs, kind: int, option: Option) -> float:
-    """Seconds that all members of a class take with an option."""
+    """Seconds that all members of a class take with an option; of inputs, the refreshing of their second copies."""
     member = classes.first[kind]
     if isinstance(member, Input):
-        return 0.0
+        assert not isinstance(option, Sharding)
+        return classes.count[kind] * costs.refresh(member, option) if kind in classes.changed else 0.0
     assert isinstance(option, Sharding)
     return classes.count[kind] * costs.operation(member, option)
 
@@ -235,7 +236,7 @@ def _held(classes: Classes, costs: Costs, kind: int, option: Option) -> int:
     member, count = classes.first[kind], classes.count[kind]
     if isinstance(member, Input):
         assert not isinstance(option, Sharding)
-        return count * costs.local_bytes(member.value, option)
+        return count * (costs.local_bytes(member.value, option) + costs.copy_bytes(member, option))
     assert isinstance(option, Sharding)
     pairs = zip(member.outputs, option.outputs, strict=True)
     return count * sum(costs.local_bytes(value, placed) for value, placed in pairs)

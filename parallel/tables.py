@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from parallel.explain import optimality, places, traffic, written
+from parallel.explain import copied, optimality, places, traffic, written
 from parallel.graph import Phase, Role
 from parallel.plans import Plan
 
@@ -48,14 +48,21 @@ def totals(plan: Plan) -> str:
         f"sent by all ranks   {size(sum(r.nbytes for r in others))} in {len(others)} collectives "
         f"({', '.join(by_phase)}); apart from it the loss, {size(loss)}"
     ]
+    if plan.redundancy:
+        sent = sum(copy.nbytes for copy in plan.replicas)
+        lines.append(
+            f"second copies       {size(copied(plan))} a rank, of {len(plan.replicas)} tensors that are nowhere whole; "
+            f"{size(sent)} sent by all ranks"
+        )
     figures = plan.figures
     if figures is not None:
         held = ", ".join(
             f"{name} {size(nbytes)}" for name, nbytes in sorted(figures.at_peak.items(), key=lambda i: -i[1])
         )
+        copying = f", second copies {seconds(figures.copying)}" if figures.copying else ""
         lines += [
             f"predicted time      {seconds(figures.time)} a step: compute {seconds(figures.compute)}, "
-            f"communication {seconds(figures.communication)} ({figures.machine})",
+            f"communication {seconds(figures.communication)}{copying} ({figures.machine})",
             f"predicted memory    {size(figures.memory)} a rank at the peak: {held}",
             f"optimality          {optimality(plan)}",
         ]

@@ -9,7 +9,7 @@ all survivors. When one raises `MemberLost`, the survivors plan anew for a mesh 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,13 +18,11 @@ from collectives.communicator import Communicator
 from collectives.errors import MemberLost
 from parallel.carry import Replicas, carry
 from parallel.executing import Executor, Results, shards_of
-from parallel.graph import Role
+from parallel.graph import KEPT
 from parallel.layout import Layout
 from parallel.plans import Plan
 from parallel.resharding import reshard
 
-KEPT = (Role.PARAMETER, Role.STATE, Role.BUFFER)
-"""What a step hands on to the next."""
 Planner = Callable[[int], Plan]
 """Number of ranks to a plan for a mesh of them; the same on all of them."""
 
@@ -115,10 +113,10 @@ class Training:
         epoch = self._epoch
         plan = epoch.executor.plan
         results = epoch.executor.run({**epoch.state, **shards_of(plan, given, self.comm.rank)})
-        state = {name: tensor for (role, name), tensor in results.items() if role in KEPT}
-        state = {**epoch.state, **state}
-        replicas = self._replicas(plan, state)
-        self._epoch = _Epoch(epoch.members, epoch.executor, state, replicas)
+        ours = plan.graph.changed
+        changed = {name: tensor for (role, name), tensor in results.items() if role in KEPT and name in ours}
+        epoch.replicas.refresh(self.comm, changed, epoch.layouts, self._shapes)
+        self._epoch = replace(epoch, state={**epoch.state, **changed})
         return results
 
     def _founded(self, state: Mapping[str, Tensor]) -> _Epoch:
@@ -151,7 +149,7 @@ class Training:
 
     @torch.no_grad()
     def _replicas(self, plan: Plan, state: Mapping[str, Tensor]) -> Replicas:
-        """Fresh second copies of a state that nobody relies on yet."""
+        """Second copies of a state that nobody relies on yet."""
         if not self.redundancy:
             return Replicas()
         layouts = {name: plan.layouts[name] for name in state}

@@ -81,6 +81,15 @@ def test_a_pin_shows_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(capsys, *MLP, "--pin", "up.weight=S(1)")["placements"]["up.weight"] == ["S(1)"]
 
 
+def test_second_copies_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    pin = ("--pin", "up.weight=S(0)")
+    alone, twice = report(capsys, *MLP, *pin), report(capsys, *MLP, *pin, "--redundancy", "1")
+    assert "second_copies" not in alone
+    assert twice["second_copies"] == {"tensors": ["up.weight"], "bytes": 128 * 128 * 4, "memory": 128 * 128}
+    assert twice["memory"] == alone["memory"] + 128 * 128
+    assert twice["time"] == pytest.approx(alone["time"] + twice["copying_time"])
+
+
 def test_a_step_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.py"
     path.write_text(STEP)
@@ -143,6 +152,8 @@ def test_a_cluster_is_planned_on_paper(capsys: pytest.CaptureFixture[str]) -> No
         ("plan --config llama3-8b --devices 7919 --batch 64", 2, "nothing divides"),
         ("plan --config llama3-405b --devices 8 --batch 64", 1, "none of"),
         ("plan --config llama3-8b --devices 8 --mesh 4", 2, "--devices"),
+        ("plan --config llama3-8b --devices 8 --redundancy 1", 2, "--redundancy is for"),
+        ("plan --example mlp --redundancy 2", 2, "redundancy"),
     ],
 )
 def test_what_cannot_be_planned(arguments: str, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:

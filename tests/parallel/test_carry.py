@@ -1,11 +1,14 @@
 """State that outlives the death of a member: in memory with second copies, else refused by name."""
 
+import itertools
+
 import pytest
 
 from collectives.communicator import Communicator
 from collectives.errors import UsageError
-from parallel.carry import Replicas, buddy, carry
-from parallel.layout import Broadcast, Layout, Mesh, Partial, Split
+from parallel.boxing import boxing
+from parallel.carry import Replicas, buddy, carry, refreshing
+from parallel.layout import Broadcast, Flat, Layout, Mesh, Partial, Placement, Split
 from tests.harness.cluster import Cluster
 from tests.parallel import carry_programs as programs
 
@@ -60,3 +63,17 @@ def test_alone_nothing_moves() -> None:
             shards, placed, placed, programs.SHAPES, comm.members, comm, Replicas.of(placed, programs.SHAPES)
         )
     assert all((carried[name] == shards[name]).all() for name in programs.SHAPES)
+
+
+@pytest.mark.parametrize("mesh", [Mesh.of(x=3), Mesh.of(x=2, y=3), Mesh.of(x=4, y=1)])
+def test_what_second_copies_cost_in_closed_form_is_what_is_sent(mesh: Mesh) -> None:
+    told, able = 0, list[Placement]([Broadcast(), Split(0), Split(1), Flat()])
+    for placed in itertools.product(able, repeat=len(mesh.axes)):
+        for shape in [(5, 7), (2, 6), (8, 3)]:
+            layout = Layout(mesh, placed)
+            copy, cost = buddy(layout, shape), refreshing(layout, shape)
+            assert (copy is None) == (cost is None)
+            if copy is not None and cost is not None:
+                told += 1
+                assert cost.elements == boxing(layout, copy, shape).elements
+    assert told

@@ -1,5 +1,7 @@
 """The planner: what is best by hand or by trying everything, memory, pins, ties, and what it finds by itself."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,8 @@ from parallel.layout import Broadcast, Mesh, Partial, Split
 from parallel.machine import CPU
 from parallel.models.examples import example
 from parallel.planner import NoPlan, plan, plans
-from parallel.plans import Plan
+from parallel.plans import Placements, Plan
+from parallel.tables import size
 from tests.parallel.brute import Brute, window
 
 LIGHT = msgspec.structs.replace(CPU, launch=6e-5)
@@ -198,6 +201,44 @@ def test_a_memory_limit_is_kept_at_a_price(batch: int, hidden: int) -> None:
     assert tight.time > 1.1 * free.time
     with pytest.raises(NoPlan, match="keeps within 1000 bytes a rank"):
         plan(captured, FOUR, memory=1000)
+
+
+@pytest.mark.parametrize("batch", [128, 1024])
+def test_second_copies_are_priced_as_well_as_by_trying_every_placement(batch: int) -> None:
+    captured, costs, times = mlp(batch, 64), Costs(FOUR, SLOW, redundancy=1), []
+    able: list[Placements] = [B, (Split(0),), (Split(1),)]
+    for up, down in itertools.product(able, able):
+        figures = plan(captured, FOUR, machine=SLOW, pins={"up.weight": up, "down.weight": down}).figures
+        assert figures is not None
+        copying = sum(costs.refresh(captured.graph.named[f"{n}.weight"], p) for n, p in (("up", up), ("down", down)))
+        assert bool(copying) == (up != B or down != B)
+        times.append(figures.time + copying)
+    found = plan(captured, FOUR, machine=SLOW, redundancy=1).figures
+    assert found is not None
+    assert found.time == pytest.approx(min(times), rel=1e-6)
+
+
+def test_second_copies_count_in_memory_and_as_bytes() -> None:
+    captured = mlp(16, 256)
+    limit = 2 * 256 * 256 * 4  # what the parameters take whole: they have to be split
+    with pytest.raises(NoPlan):
+        plan(captured, FOUR, 0.8 * limit, machine=LIGHT, redundancy=1)
+    alone, twice = (plan(captured, FOUR, (0.8, 1.0)[r] * limit, machine=LIGHT, redundancy=r) for r in (0, 1))
+    assert alone.replicas == ()
+    assert {copy.source.name for copy in twice.replicas} <= {"up.weight", "down.weight"}
+    held = sum(math.prod(copy.layout.shard((256, 256), 0).shape) * 4 for copy in twice.replicas)
+    assert alone.figures is not None
+    assert twice.figures is not None
+    assert "second copies" not in alone.figures.at_peak
+    assert twice.figures.at_peak["second copies"] == held > 0
+    assert twice.figures.memory <= limit
+    assert twice.figures.copying > 0
+    assert twice.to_json()["second_copies"] == {
+        "tensors": [copy.source.name for copy in twice.replicas],
+        "bytes": 256 * 256 * 4 * len(twice.replicas),
+        "memory": held,
+    }
+    assert f"second copies       {size(held)} a rank" in twice.explain()
 
 
 def test_equal_layers_tied_cost_no_more_than_each_planned_by_itself() -> None:

@@ -2,17 +2,15 @@
 
 import random
 import warnings
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from parallel.carry import buddy
 from parallel.clipping import clipped
-from parallel.graph import Graph, Role
-from parallel.layout import Layout
+from parallel.graph import KEPT, Graph, Role
 from parallel.plans import Plan
-from parallel.training import KEPT, Training
+from parallel.training import Training
 from tests.harness.peer import Peer
 from tests.parallel.layouts import mesh_of
 from tests.parallel.random_plans import draw_plan, gpt
@@ -47,13 +45,7 @@ def planner(ranks: int) -> Plan:
     """Any plan; most parameters and states are split."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of operations without signatures
-        return draw_plan(graph(), mesh_of(ranks), random.Random(ranks))
-
-
-def _alone(plan: Plan) -> Iterator[tuple[Layout, tuple[int, ...]]]:
-    for source in plan.graph.inputs:
-        if source.role in KEPT:
-            yield plan.layouts[source.name], source.value.shape
+        return replace(draw_plan(graph(), mesh_of(ranks), random.Random(ranks)), redundancy=1)
 
 
 def train(peer: Peer) -> dict[str, Any]:
@@ -61,12 +53,17 @@ def train(peer: Peer) -> dict[str, Any]:
     planner(3), planner(2)
     with peer.join() as comm:
         training = Training(comm, planner, gpt(torch.float64)[1], redundancy=1)
-        errors, copied = list[float](), sum(buddy(*args) is not None for args in _alone(training.plan))
+        errors, copied = list[float](), len(training.plan.replicas)
         for step in range(STEPS):
             if step == 2:
                 peer.say("halfway", rank=comm.rank)
                 peer.hear("go", timeout=180.0)
+            before = comm.meter.total
             results = training.step(batches(step))
+            if step == 1:
+                sent, plan = comm.meter.total - before, training.plan
+                planned = sum(reshard.nbytes for reshard in plan.reshards), sum(copy.nbytes for copy in plan.replicas)
+                peer.say("sent", sent=sent, planned=planned)
             errors.append(abs(results[Role.LOSS, "loss"].item() - losses[step]))
         found = training.whole()
         worst = max(float((found[name] - expected[name]).abs().max()) for name in found)
