@@ -34,7 +34,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """What the largest matrix products reach of the peak; calibrated (docs/prediction.md)."""
     fp8_efficiency: float
     attention_efficiency: float
-    """What fused attention reaches of the 16-bit peak, forward, causal; backward is taken as 0.8 of it."""
+    """What fused causal attention reaches of the 16-bit peak on long sequences, forward; backward is 0.8 of it."""
     multiprocessors: int
     bandwidth: float
     """Bytes a second of memory, as kernels reach it."""
@@ -74,16 +74,28 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         """The link of a group of ranks, `stride` apart in the numbering."""
         inside = min(size, max(1, self.node // stride))
         if inside == size:
-            return Group(size, self.link, self.link_latency)
-        return Group(size, min(self.link, self.network * inside), self.network_latency)
+            return Group(size, inside, self.link, self.link, self.link_latency)
+        rate = min(self.link, self.network * inside)
+        return Group(size, inside, rate, min(self.link, self.network), self.network_latency)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks that communicate: how many, at what rate (bytes a second) and latency (seconds a step)."""
+    """Ranks that communicate.
+
+    Attributes:
+        size: how many there are.
+        inside: how many of them share a node.
+        rate: bytes a second around a ring of them.
+        own: bytes a second that each rank gets out of its node, or, if they share one, to the others.
+        latency: seconds a step.
+
+    """
 
     size: int
+    inside: int
     rate: float
+    own: float
     latency: float
 
     def gather(self, nbytes: float) -> float:
@@ -99,8 +111,11 @@ class Group:
         return 2 * self.gather(nbytes)
 
     def exchange(self, nbytes: float) -> float:
-        """Seconds of an all-to-all in which each rank gives so many bytes."""
-        return self.gather(nbytes)
+        """Seconds of an all-to-all in which each rank gives so many bytes: what leaves the node takes its own card."""
+        if self.size == 1:
+            return 0.0
+        away = self.size - (self.inside if self.inside < self.size else 1)
+        return min(self.size - 1, 16) * self.latency + away / self.size * nbytes / self.own
 
     def send(self, nbytes: float) -> float:
         """Seconds of a message to a neighbour."""

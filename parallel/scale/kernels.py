@@ -10,6 +10,8 @@ _TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (64, 128, 0.8), (6
 """Rows and columns that one multiprocessor computes at a time, and what that tile reaches of the largest one's rate."""
 _FILL = 192
 """Steps of the inner dimension's worth of time for filling and draining a tile's pipeline."""
+_DIAGONAL = 512
+"""Keys' worth of time that causal attention loses to half-masked blocks and short rows, for each row of queries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,10 @@ class Kernels:
         casts = 2 * count * (m * k + k * n) if fp8 else 0  # written once more in 8 bits, with its transpose
         return max(seconds, moved / cluster.bandwidth) + cluster.kernel + casts / cluster.bandwidth
 
-    def attention(self, flops: float, backward: bool = False) -> float:
-        """Fused causal attention whose full scores would take so many FLOPs: half of them are computed."""
+    def attention(self, flops: float, keys: float, backward: bool = False) -> float:
+        """Fused causal attention to `keys` keys whose full scores would take so many FLOPs: half are computed."""
         rate = self.cluster.flops * self.cluster.attention_efficiency * (0.8 if backward else 1.0)
-        return self.cluster.kernel + 0.5 * flops / rate
+        return self.cluster.kernel + 0.5 * flops * (1.0 + _DIAGONAL / keys) / rate
 
 
 def _filled(m: float, n: float, count: float, rows: int, columns: int, processors: int) -> float:

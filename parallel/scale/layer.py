@@ -14,6 +14,8 @@ from parallel.scale.transformer import Transformer
 
 HALF = 2
 """Bytes of a 16-bit element."""
+_ROUTING = 16
+"""Small kernels that choose experts, count, and let the host learn the counts before the exchange."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +117,20 @@ class Layers:
         masks = stream if model.dropout else 0.0
         wide = HALF * self.tokens * model.top_k * model.ffn / t
         heads = 0.0 if not model.gated else HALF * self.tokens * (model.queries + model.groups * model.width) / t
-        moved = 2.0 * HALF * self.tokens * model.top_k * model.hidden / self.spread * 2 if model.experts > 1 else 0.0
         memory = self.kernels.memory
-        # Two norms (read, write), two residuals (read two, write one); the activation; rotary embedding; routing.
+        # Two norms (read, write), two residuals (read two, write one); the activation; rotary embedding.
         forward = 2 * memory(2 * stream) + 2 * memory(3 * stream + masks / 2)
-        forward += memory((3 if model.gated else 2) * wide) + memory(2 * heads) + memory(moved)
+        forward += memory((3 if model.gated else 2) * wide) + memory(2 * heads)
         backward = 2 * memory(4 * stream) + 2 * memory(2 * stream + masks / 2)
-        backward += memory((5 if model.gated else 3) * wide) + memory(2 * heads) + memory(moved)
+        backward += memory((5 if model.gated else 3) * wide) + memory(2 * heads)
         return Passes(Seconds(elementwise=forward), Seconds(elementwise=backward), Seconds())
 
     def _attention(self) -> tuple[Seconds, Seconds]:
         model, t = self.model, self.strategy.tp
         flops = 4.0 * self.tokens * model.seq * model.queries / t
         if self.fused:
-            forward, backward = self.kernels.attention(flops), self.kernels.attention(2.5 * flops, backward=True)
+            forward = self.kernels.attention(flops, model.seq)
+            backward = self.kernels.attention(2.5 * flops, model.seq, backward=True)
         else:
             kernels = Kernels(self.cluster)
             count, rows = self.strategy.microbatch * model.heads / t, model.seq / self.strategy.cp
@@ -150,14 +152,22 @@ class Layers:
         return max((cp - 1) * hop - hidden_behind * (cp - 1) / cp, 0.1 * (cp - 1) * hop)
 
     def _communication(self) -> Passes:
+        model, strategy, kernels = self.model, self.strategy, self.kernels
+        stream = HALF * self.tokens * model.hidden
+        once = self._tensor_group().reduce(stream)
         exposed = 1.0 - self.cluster.tp_overlap
-        tensor = 2 * exposed * self._tensor_group().reduce(HALF * self.tokens * self.model.hidden)
-        expert = 0.0
-        if self.strategy.ep > 1:
-            given = HALF * self.tokens * self.model.top_k * self.model.hidden / self.spread
-            group = self.cluster.group(self.strategy.ep, self.strategy.tp)
-            expert = 2 * group.exchange(given)
-        seconds = Seconds(tensor=tensor, expert=expert)
+        if model.experts == 1:
+            seconds = Seconds(tensor=2 * exposed * once)
+            return Passes(seconds, seconds, Seconds())
+        # Tokens go to their experts before tensor-parallel ranks exchange them: once for each visit, and nothing hides.
+        visits = stream * model.top_k
+        exchange = self.cluster.group(strategy.ep, strategy.tp).exchange(visits / self.spread)
+        # Sorted by rank and, there, by expert, and back: all of them read and written.
+        sorting = 2 * kernels.memory(2 * visits / self.spread) + 2 * kernels.memory(2 * visits)
+        seconds = Seconds(
+            tensor=exposed * once + self._tensor_group().reduce(visits),
+            expert=2 * exchange + sorting + _ROUTING * self.cluster.kernel,
+        )
         return Passes(seconds, seconds, Seconds())
 
     def _tensor_group(self) -> Group:
