@@ -27,6 +27,28 @@ from collectives.schedule import Computes, Schedule, Step
 from collectives.topology import Floats, Link
 
 
+class Compute(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a rank computes while all ranks do. Collectives do not go by it; planners do.
+
+    Raises:
+        UsageError: a number is not positive.
+
+    """
+
+    flops: dict[str, float]
+    """FLOP/s of matrix products, by torch's name of the dtype."""
+    bandwidth: float
+    """Bytes a second that operations read and write."""
+    kernel: float
+    """Seconds that any operation takes."""
+
+    def __post_init__(self) -> None:
+        numbers = {"bandwidth": self.bandwidth, "kernel": self.kernel} | self.flops
+        for name, number in numbers.items():
+            if not 0 < number < float("inf"):
+                raise UsageError(f"{name} of what a rank computes must be positive, not {number!r}")
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a transport is like where it runs. The same on all members, or they choose different algorithms.
 
@@ -47,6 +69,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Seconds that any operation takes: header, confirmation."""
     favours: tuple[str, ...] = ()
     """Algorithms that win where others are about as good."""
+    compute: Compute | None = None
+    """What a rank computes, if it was measured."""
 
     def __post_init__(self) -> None:
         for name in ("overhead", "operation"):

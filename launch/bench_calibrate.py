@@ -1,6 +1,7 @@
 """From measured all-reduces to the numbers of the cost model (`collectives.cost.Profile`): alpha, beta, gamma and co.
 
-Called on rank 0 of `ringhold bench --calibrate`, with the times of every algorithm at every size. The fit is least
+Called on rank 0 of `ringhold bench --calibrate`, with the times of every algorithm at every size; what a rank computes
+is fitted in the same way by `launch.bench_roofline`. The fit is least
 squares over the logarithms of estimate / measured, by Gauss-Newton with damping (Levenberg 1944, Marquardt 1963). The
 profile that the transport had before is a weak prior: it decides what the measurements leave open, such as how a
 message's time is shared between its latency and the work at its ends.
@@ -19,7 +20,7 @@ from collectives.errors import UsageError
 from collectives.schedule import Schedule
 
 KIND, ITEM = "all_reduce", 4
-_PRIOR = 0.1
+PRIOR = 0.1
 """Weight of the prior: to be off by a factor of e counts as an error of a tenth in one measurement."""
 _ROUNDS = 30
 _STEP = 1e-3
@@ -71,9 +72,9 @@ def fit(transport: str, world: int, times: Times) -> Fit:
 
     def residuals(parameters: Vector) -> Vector:
         errors = _estimates(schedules, _profile(start, parameters)) - measured
-        return np.concatenate([errors, _PRIOR * (parameters - prior)])
+        return np.concatenate([errors, PRIOR * (parameters - prior)])
 
-    best = _least_squares(residuals, prior)
+    best = least_squares(residuals, prior)
     profile = _profile(start, best)
     errors = residuals(best)[: len(cases)]
     worst = int(np.abs(errors).argmax())
@@ -98,7 +99,8 @@ def _profile(like: Profile, parameters: Vector) -> Profile:
     return msgspec.structs.replace(like, near=near, overhead=overhead, reduce_rate=reduce_rate, operation=operation)
 
 
-def _least_squares(residuals: Callable[[Vector], Vector], start: Vector) -> Vector:
+def least_squares(residuals: Callable[[Vector], Vector], start: Vector) -> Vector:
+    """The parameters with the least sum of squared residuals, from a start near them."""
     best, damping = start, 1.0
     errors = residuals(best)
     for _ in range(_ROUNDS):

@@ -22,7 +22,7 @@ from collectives.busbw import bus_factor
 from collectives.communicator import Communicator
 from collectives.gather_bytes import gather_bytes
 from collectives.options import Options
-from launch import bench_calibrate
+from launch import bench_calibrate, bench_roofline
 from launch.bench_cases import Case
 from launch.bench_kinds import bandwidth
 from launch.bench_memory import Bandwidth, measure_bandwidth, reduction_floor
@@ -182,11 +182,12 @@ class Rank:
             wrong += sum(wrong_now.values())
             for name, seconds in found.items():
                 times[name][size] = seconds
-        host = self._measure_memory(_LARGEST_COPY)
+        host, computed = self._measure_memory(_LARGEST_COPY), self._measure_compute()
         if self._place.rank == 0:
-            found_fit = bench_calibrate.fit(request.transport, ranks, times)
-            profile = msgspec.to_builtins(found_fit.profile)
+            found_fit, roofline = bench_calibrate.fit(request.transport, ranks, times), bench_roofline.fit(computed)
+            profile = msgspec.to_builtins(msgspec.structs.replace(found_fit.profile, compute=roofline.compute))
             about = {"error": found_fit.error, "worst": found_fit.worst, "loss": found_fit.loss}
+            about["compute_error"] = roofline.error
             self._say("profile", profile=profile, times=times, copy=host.copy, add=host.add, **about)
         self._say("done", wrong=wrong)
         return wrong
@@ -246,6 +247,14 @@ class Rank:
         mine = measure_bandwidth(size)
         reports = self._gather({"copy": mine.copy, "add": mine.add})
         return Bandwidth(sum(report["copy"] for report in reports), sum(report["add"] for report in reports))
+
+    def _measure_compute(self) -> dict[bench_roofline.Case, float]:
+        """Let all ranks compute at once; return seconds by case, the mean of all ranks."""
+        self._control.barrier()
+        mine = bench_roofline.measure()
+        reports = self._gather({"seconds": list(mine.values())})
+        means = map(statistics.fmean, zip(*(report["seconds"] for report in reports), strict=True))
+        return dict(zip(mine, means, strict=True))
 
     def _gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(row) for row in gather_bytes(self._control, json.dumps(mine).encode()).rows]

@@ -121,7 +121,8 @@ class Report:
         profile, (error, algorithm, size) = message["profile"], message["worst"]
         if self._json is not None:
             self._json.write(json.dumps(profile, indent=2) + "\n")
-        near = profile["near"]
+        near, compute = profile["near"], profile["compute"]
+        products = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in compute["flops"].items())
         lines = (
             f"# all_reduce of every algorithm, {self._peers} ranks, transport {self._request.transport}: "
             f"{len(message['times'])} algorithms, {len(self._request.sizes)} sizes",
@@ -132,6 +133,10 @@ class Report:
             f"gamma, a byte reduced  {1e9 / profile['reduce_rate']:10.4f} ns ({profile['reduce_rate'] / 1e9:.2f} GB/s)",
             f"memory, all ranks      {message['copy'] / _GIB:10.2f} GiB/s copied, "
             f"{message['add'] / _GIB:.2f} GiB/s added",
+            f"products, a rank       {products} GFLOP/s, all ranks at once",
+            f"memory, a rank         {compute['bandwidth'] / 1e9:10.2f} GB/s read and written by operations",
+            f"kernel, a call         {compute['kernel'] * 1e6:10.1f} us",
+            f"# Residual of computing: {100 * math.expm1(message['compute_error']):.0f}%",
             f"# Residual: {100 * math.expm1(message['error']):.0f}% (root mean square of the logarithm), at worst a "
             f"factor of {math.exp(abs(error)):.2f} ({algorithm}, {size} B)",
             f"# What it finds fastest takes {message['loss']:.2f} of the time of what is, on average over the sizes",

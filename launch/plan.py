@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("--redundancy", type=click.IntRange(0, 1), help="1 counts second copies of what one rank holds alone.")
 @click.option("--devices", type=click.IntRange(1), help="Devices of the cluster, with --config.")
 @click.option(
-    "--hardware", metavar="NAME|FILE", help="Cluster: h100, a100 or a file.  [default: CPU ranks of one host]"
+    "--hardware",
+    metavar="NAME|FILE",
+    help="h100, a100, a file of a cluster, or that of --profile.  [default: CPU ranks]",
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="What `ringhold bench --calibrate --json` saved.")
 @click.option("--top", type=click.IntRange(1), help="Show so many of the best plans.")

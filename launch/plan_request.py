@@ -14,7 +14,6 @@ from parallel.layout import Mesh, parse_placement
 from parallel.machine import CPU, Machine
 from parallel.models.examples import example
 from parallel.plans import Placements
-from parallel.scale.cluster import Cluster
 
 
 def mesh_of(text: str) -> Mesh:
@@ -36,7 +35,7 @@ def machine_of(hardware: str | None, profile: Path | None) -> Machine:
     if hardware is not None and profile is not None:
         raise UsageError("--hardware and --profile both say what the machine is like; give one of them")
     if hardware is not None:
-        return Machine.of_cluster(Cluster.load(hardware))
+        return Machine.load(hardware)
     return CPU if profile is None else Machine.of_profile(Profile.load(profile), str(profile))
 
 

@@ -59,8 +59,7 @@ class Costs:
         for axis, size in enumerate(self.mesh.shape):
             if any(isinstance(placements[axis], Split | Flat) for placements in placed):
                 work /= size
-        rate = machine.half_flops if node.inputs[0].dtype.itemsize <= 2 else machine.flops
-        return machine.kernel + max(work / rate, moved / machine.bandwidth)
+        return machine.kernel + max(work / machine.rate(node.inputs[0].dtype.itemsize), moved / machine.bandwidth)
 
     def reshard(self, value: Value, change: Boxing) -> float:
         """Seconds of a change of placement of a value."""

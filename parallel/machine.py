@@ -3,11 +3,13 @@
 Made from what `ringhold bench --calibrate` saved, or from a cluster of `parallel.scale`. Called by `parallel.cost`.
 """
 
+import json
+from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from collectives.cost import PROFILES, Profile
+from collectives.cost import PROFILES, Compute, Profile
 from collectives.topology import Link
 from parallel.layout import Mesh
 from parallel.scale.cluster import Cluster
@@ -18,7 +20,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     flops: float
-    """Of matrix products in 32 bits and more."""
+    """Of matrix products in 32 bits."""
+    double_flops: float
+    """Of those in 64 bits."""
     half_flops: float
     """Of those in 16 bits."""
     bandwidth: float
@@ -34,19 +38,38 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks of a node."""
 
     @classmethod
-    def of_profile(cls, profile: Profile, name: str = "cpu") -> Self:
-        """CPU ranks on one host, with the costs of a transport as they were measured.
+    def load(cls, name: str) -> Self:
+        """A cluster that ships, by its name; or a file: of a cluster, or of what `ringhold bench --calibrate` saved.
 
-        A rank computes as one core does: 40 GFLOP/s, and 20 GB/s from caches and memory.
+        Raises:
+            UsageError: it is neither, or cannot be read.
+
         """
+        try:
+            given = json.loads(Path(name).read_bytes()) if name.endswith(".json") else None
+        except (OSError, ValueError):
+            given = None  # the cluster's reader says what is wrong
+        if isinstance(given, dict) and "reduce_rate" in given:
+            return cls.of_profile(Profile.load(name), name)
+        return cls.of_cluster(Cluster.load(name))
+
+    @classmethod
+    def of_profile(cls, profile: Profile, name: str = "cpu") -> Self:
+        """CPU ranks on one host, with what was measured of a transport and of computing.
+
+        Where computing was not measured, a rank is a core of 40 GFLOP/s and 20 GB/s from caches and memory.
+        """
+        compute = profile.compute or Compute(flops={}, bandwidth=2e10, kernel=4e-6)
+        single = compute.flops.get("float32", 4e10)
         near = Link(latency=profile.near.latency + 2 * profile.overhead, bandwidth=profile.near.bandwidth)
         far = Link(latency=profile.far.latency + 2 * profile.overhead, bandwidth=profile.far.bandwidth)
         return cls(
             name=name,
-            flops=4e10,
-            half_flops=4e10,
-            bandwidth=2e10,
-            kernel=4e-6,
+            flops=single,
+            half_flops=compute.flops.get("bfloat16", single),
+            double_flops=compute.flops.get("float64", single),
+            bandwidth=compute.bandwidth,
+            kernel=compute.kernel,
             launch=profile.operation,
             near=near,
             far=far,
@@ -55,12 +78,13 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_cluster(cls, cluster: Cluster) -> Self:
-        """Devices of a cluster."""
+        """Devices of a cluster. Products in 32 bits and more are taken to go at half the rate of those in 16."""
         half = cluster.flops * cluster.matmul_efficiency
         return cls(
             name=cluster.name,
             flops=half / 2,
             half_flops=half,
+            double_flops=half / 2,
             bandwidth=cluster.bandwidth,
             kernel=cluster.kernel,
             launch=cluster.kernel,
@@ -68,6 +92,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
             far=Link(latency=cluster.network_latency, bandwidth=cluster.network),
             node=cluster.node,
         )
+
+    def rate(self, itemsize: int) -> float:
+        """FLOP/s of matrix products of elements of so many bytes."""
+        return self.half_flops if itemsize <= 2 else self.flops if itemsize <= 4 else self.double_flops
 
     def link(self, mesh: Mesh, axes: tuple[str, ...]) -> Link:
         """The slower of the links along some axes of a mesh."""

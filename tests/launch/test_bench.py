@@ -14,14 +14,15 @@ import pytest
 
 from collectives import choice
 from collectives.busbw import bus_factor
-from collectives.cost import Profile
+from collectives.cost import Compute, Profile
 from collectives.errors import UsageError
 from collectives.topology import Link
-from launch import bench_calibrate, bench_host, console
+from launch import bench_calibrate, bench_host, bench_roofline, console
 from launch.bench_kinds import KINDS, bandwidth, elements
 from launch.bench_report import Report
 from launch.bench_request import Request, parse_size, steps
 from launch.cli import ringhold
+from parallel.machine import Machine
 from tests.harness.cluster import Cluster
 from tests.launch import bench_programs
 
@@ -124,7 +125,14 @@ def test_calibration_measures_fits_and_writes_a_profile(tmp_path: Path) -> None:
             report(message)
     (found,) = [message for message in told if message["type"] == "profile"]
     assert found["times"].keys() == set(bench_calibrate.algorithms(2))
-    assert Profile.load(file).near.bandwidth == found["profile"]["near"]["bandwidth"]
+    saved = Profile.load(file)
+    assert saved.near.bandwidth == found["profile"]["near"]["bandwidth"]
+    assert saved.compute is not None
+    assert saved.compute.flops == found["profile"]["compute"]["flops"]
+    assert saved.compute.flops.keys() == {"float32", "bfloat16", "float64"}
+    machine = Machine.load(str(file))
+    assert (machine.flops, machine.half_flops, machine.double_flops) == tuple(saved.compute.flops.values())
+    assert (machine.bandwidth, machine.kernel) == (saved.compute.bandwidth, saved.compute.kernel)
     assert told[-1] == {"type": "done", "wrong": 0}
 
 
@@ -141,6 +149,18 @@ def test_the_fit_finds_what_the_times_came_from() -> None:
     assert found.loss < 1.05
     assert found.profile.operation == pytest.approx(200e-6, rel=0.2)
     assert found.profile.near.bandwidth == pytest.approx(1e9, rel=0.2)
+
+
+def test_the_roofline_that_times_came_from_is_found() -> None:
+    truth = Compute(flops={"float32": 9e10, "bfloat16": 1.5e11, "float64": 3e10}, bandwidth=5e9, kernel=12e-6)
+    cases = [(name, rows) for name, sizes in bench_roofline.PRODUCTS.items() for rows in sizes]
+    cases += [("add", size) for size in bench_roofline.ADDED]
+    found = bench_roofline.fit({case: bench_roofline.seconds(truth, case) for case in cases})
+    assert found.error < 0.02
+    assert found.compute.kernel == pytest.approx(truth.kernel, rel=0.1)
+    assert found.compute.bandwidth == pytest.approx(truth.bandwidth, rel=0.1)
+    for name, rate in truth.flops.items():
+        assert found.compute.flops[name] == pytest.approx(rate, rel=0.1)
 
 
 def test_wrong_values_are_counted_and_fail_the_command(tmp_path: Path) -> None:
