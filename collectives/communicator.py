@@ -92,6 +92,7 @@ class Communicator(Collectives, PointToPoint):
         Raises:
             JoinRefused: wrong token, another run, another version, another transport.
             CoordinatorUnreachable: no coordinator there, or no place in an epoch, within `join_timeout`.
+            Evicted: it was let in, and taken for dead before its first epoch stood.
             UsageError: no token, a malformed address, an unknown option or transport.
 
         """

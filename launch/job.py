@@ -83,7 +83,10 @@ def run_peer(
         while True:
             # All that takes time comes before joining: the others wait for a member, not for a peer.
             trainer = Trainer(config, corpus)
-            comm = comm_factory()
+            try:
+                comm = comm_factory()
+            except Evicted:  # let in, and taken for dead before its first epoch stood
+                continue
             try:
                 return _kind(config)(config, trainer, comm, report, leaving or threading.Event()).run()
             except Evicted as error:

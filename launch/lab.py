@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +21,7 @@ import click
 from collectives.errors import OperationTimeout, RingholdError, UsageError
 from launch import console
 from launch.child import die_with_parent
+from launch.lab_cuts import Cut, Switches, draw_cuts, parse_cut
 from launch.network import Network
 from launch.network_shape import SHAPES
 
@@ -30,27 +30,6 @@ PORT = 29400
 _GRACE = 3.0
 _UNITS = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6}
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", re.IGNORECASE)
-_CUT = re.compile(r"(\d+|hub|hub2)(?:-(\d+|hub|hub2))?@(\d+(?:\.\d+)?)s?(?:\.\.(\d+(?:\.\d+)?)s?)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A cable that is cut, or with `other` empty all cables of a host, from one second to another (None: for good)."""
-
-    one: str
-    other: str
-    begin: float
-    end: float | None
-
-    def __str__(self) -> str:
-        return f"{self.one}-{self.other}" if self.other else f"host {self.one}"
-
-    def switch(self, network: Network, on: bool) -> None:
-        """Heal it, or cut it."""
-        if self.other:
-            (network.heal_cable if on else network.cut_cable)(self.one, self.other)
-        else:
-            (network.heal if on else network.cut)(int(self.one))
 
 
 @click.command("lab", context_settings={"max_content_width": 100, "ignore_unknown_options": True})
@@ -61,6 +40,10 @@ class Cut:
 @click.option(
     "--cut", "cuts", multiple=True, metavar="WHAT@FROM..TO", help="A cable or a host, and seconds; repeatable."
 )
+@click.option(
+    "--random-cuts", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Cut cables for so long."
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the random cuts.")
 @click.option("--coordinator", default="0", show_default=True, help='The host that has one, "hub", or "none".')
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds for it all.")
 @click.option("--json", "as_json", is_flag=True, help="Print what became of each host as one JSON object.")
@@ -71,6 +54,8 @@ def command(
     between: str | None,
     topology: str,
     cuts: Sequence[str],
+    random_cuts: float | None,
+    seed: int,
     coordinator: str,
     timeout: float | None,
     as_json: bool,
@@ -82,17 +67,23 @@ def command(
     ringhold lab --hosts 4 --rate 400mbit -- python examples/partition.py
     ringhold lab --topology two-sites --cut hub-hub2@5s..12s -- python examples/partition.py
     ringhold lab --topology mesh --cut 2-3@10s..20s --cut 1@30s -- python examples/partition.py
+    ringhold lab --topology mesh --random-cuts 600 --seed 1 -- python examples/partition.py 600
 
     Topologies: star (one switch, "hub"), ring and mesh (cables between hosts), two-sites (the halves behind a switch
     each, "hub" and "hub2"). A cut is silent: packets are lost, and nobody looks for another way. Its seconds count from
-    the first epoch, without a coordinator from the start of the commands.
+    the first epoch, without a coordinator from the start of the commands. --random-cuts draws cables, instants and
+    lengths (0.2 to 10 s) by the seed.
 
     Each command finds RINGHOLD_COORDINATOR, RINGHOLD_TOKEN and RINGHOLD_LISTEN as `Communicator.join` needs them, and
     RINGHOLD_LAB_HOST (its number) and RINGHOLD_LAB_HOSTS. The coordinator waits for one member of each host. Ends with
     the first code other than 0 of a host, 124 after --timeout.
     """
+    if command[0].startswith("-"):
+        raise UsageError(f"there is no option {command[0]!r}; put -- before the command (see: ringhold lab --help)")
     network = Network(hosts, None if rate is None else parse_rate(rate), shape=topology)
     planned = [parse_cut(text, network) for text in cuts]
+    if random_cuts is not None:
+        planned += draw_cuts(network.shape, random_cuts, seed)
     if between is not None and topology != "two-sites":
         raise UsageError("--between is the rate of the cable between two sites; it needs --topology two-sites")
     far = None if between is None else parse_rate(between)
@@ -127,6 +118,7 @@ class _Lab:
         self.done: list[dict[str, Any]] = []
         """What was cut and healed, with the seconds."""
         self._network, self._output = network, output
+        self._switches = Switches(network)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._selector = selectors.DefaultSelector()
@@ -210,7 +202,7 @@ class _Lab:
         self._selector.close()
 
     def _switch(self, _due: float, cut: Cut, on: bool) -> None:
-        cut.switch(self._network, on)
+        (self._switches.heal if on else self._switches.cut)(cut)
         what = "healed" if on else "cut"
         self.done.append({"what": what, "cable": str(cut), "at": round(self.seconds, 2)})
         self._print(f"{self.seconds:.1f} s: {what} {cut}")
@@ -256,26 +248,6 @@ def parse_rate(text: str) -> float:
     if found is None:
         raise UsageError(f"{text!r} is no rate; write 400mbit, 1gbit or 64kbit (bits a second)")
     return float(found[1]) * _UNITS[found[2].lower()]
-
-
-def parse_cut(text: str, network: Network) -> Cut:
-    """Read a cut: CABLE@FROM..TO or HOST@FROM..TO, in seconds; without the end it stays cut.
-
-    Raises:
-        UsageError: it is none, or this network has no such cable or host.
-
-    """
-    found = _CUT.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(f"--cut {text!r} is not WHAT@FROM..TO, such as 2-3@10s..20s, 2@10s..20s or hub-hub2@5s")
-    one, other, begin, end = found[1], found[2] or "", float(found[3]), found[4]
-    if end is not None and float(end) <= begin:
-        raise UsageError(f"--cut {text!r} ends before it begins")
-    if other:
-        network.shape.between(one, other)
-    elif not one.isdecimal() or int(one) >= network.size:
-        raise UsageError(f"--cut {text!r}: there is no host {one}; there are 0 to {network.size - 1}")
-    return Cut(one, other, begin, None if end is None else float(end))
 
 
 def _place(text: str, network: Network) -> str:

@@ -30,6 +30,7 @@ import msgspec
 
 from collectives.errors import RingholdError, Unsupported, UsageError
 from launch.network_shape import HUB, Cable, shape_of
+from launch.rendezvous import start_time
 
 BURST = 2**16
 """Bytes that may pass at once at the speed of memory. More flatters short messages: of 1 MiB at 50 MB/s, four times as
@@ -42,7 +43,7 @@ _MOST_HOSTS = 64
 _CUT, _LOCAL = 10, 100
 """Preferences of the rules that drop what comes by a cut cable, and of the kernel's own one for local packets."""
 _FOLDER = Path("/run/netns")
-_NAME = re.compile(r"ringhold-(\d+)-\d+-(?:hub2?|\d+)")
+_NAME = re.compile(r"ringhold-(\d+)-(\d+)-\d+-(?:hub2?|\d+)")
 _CLONE_NEWNET = 0x40000000
 _PATIENCE = 10.0
 
@@ -58,8 +59,8 @@ class Traffic:
 class Network:
     """Hosts 0, 1, ... and cables. A context manager: the network is there inside, and gone after.
 
-    Its namespaces carry the pid of the process that makes it. Whoever makes the next one removes what is left of
-    processes that were killed. Processes that run inside keep their namespace alive: end them before.
+    Its namespaces carry the pid and the start time of the process that makes it. Whoever makes the next one removes
+    what is left of processes that were killed. What still runs inside when it is removed is killed: end it before.
 
     Args:
         hosts: how many.
@@ -89,7 +90,7 @@ class Network:
         self._limited: set[Cable] = set()
         self._maker = os.getpid()
         Network._made += 1
-        self._prefix = f"ringhold-{self._maker}-{Network._made}-"
+        self._prefix = f"ringhold-{self._maker}-{start_time(self._maker)}-{Network._made}-"
 
     def __enter__(self) -> Self:
         """Make it.
@@ -117,7 +118,7 @@ class Network:
         if os.getpid() == self._maker:
             for name in _namespaces():
                 if name.startswith(self._prefix):
-                    _ip("netns", "delete", name)
+                    _remove(name)
 
     # --- who is where ---
 
@@ -318,11 +319,17 @@ def remove_stale() -> list[str]:
     stale = [name for name in _namespaces() if _is_stale(name)]
     for name in stale:
         with contextlib.suppress(Unsupported):  # another process is at it, too
-            for pid in _ip("netns", "pids", name).split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            _ip("netns", "delete", name)
+            _remove(name)
     return stale
+
+
+def _remove(name: str) -> None:
+    """Remove a namespace, and what still runs in it, which would keep it alive unseen."""
+    for pid in map(int, _ip("netns", "pids", name).split()):
+        if pid != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    _ip("netns", "delete", name)
 
 
 def _namespaces() -> list[str]:
@@ -331,12 +338,13 @@ def _namespaces() -> list[str]:
 
 def _is_stale(name: str) -> bool:
     found = _NAME.fullmatch(name)
-    return found is not None and not Path(f"/proc/{found[1]}").exists()
+    return found is not None and start_time(int(found[1])) != int(found[2])
 
 
 def _check_rate(rate: float | None) -> None:
     if rate is not None and not _LEAST <= rate <= _MOST:
-        raise UsageError(f"a rate must be {_LEAST:.0e} to {_MOST:.0e} bytes a second, not {rate!r}")
+        least, most = 8 * _LEAST // 1000, 8 * _MOST // 10**9
+        raise UsageError(f"a rate must be {least}kbit to {most}gbit a second, not {8 * rate:g} bit")
 
 
 def _ip(*arguments: str, what: str = "") -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,18 @@ def test_an_evicted_peer_comes_back_as_a_new_member_with_the_others_state(tmp_pa
     assert result.losses == undisturbed.losses[7:]
     assert of_kind(events, "evicted") == [{"event": "evicted", "member": 1, "message": "silent for 2 s"}]
     assert [(event["member"], event["founder"]) for event in of_kind(events, "joined")] == [(1, True), (2, False)]
+
+
+def test_a_peer_that_is_evicted_before_it_was_in_tries_again(tmp_path: Path) -> None:
+    tries: Iterator[Evicted | Communicator] = iter([Evicted("let in, and taken for dead"), Communicator.solo()])
+
+    def join() -> Communicator:
+        found = next(tries)
+        if isinstance(found, Evicted):
+            raise found
+        return found
+
+    assert run_peer(tiny(tmp_path), join, lambda event: None) is not None
 
 
 def test_only_founders_read_the_file_to_resume_from(tmp_path: Path) -> None:

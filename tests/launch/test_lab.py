@@ -13,7 +13,8 @@ import pytest
 
 from collectives.errors import UsageError
 from launch import network
-from launch.lab import parse_cut, parse_rate
+from launch.lab import parse_rate
+from launch.lab_cuts import Cut, Switches, draw_cuts, parse_cut
 from launch.network import Network, remove_stale
 from launch.network_shape import shape_of
 
@@ -37,7 +38,12 @@ with socket.create_server((os.environ["RINGHOLD_LISTEN"], 7000), backlog=64) as 
 print("met", hosts)
 sys.exit(3 if me == 1 else 0)
 """
-STAY = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+STAY = """
+import os, subprocess, time
+with subprocess.Popen(["sleep", "1000"], start_new_session=True) as child:
+    print(os.getpid(), child.pid, flush=True)
+    time.sleep(1000)
+"""
 ECHO = """
 import socket, sys
 with socket.create_server((sys.argv[1], 7000)) as server:
@@ -129,21 +135,24 @@ def test_nothing_is_left_of_a_lab_that_is_ended(number: signal.Signals) -> None:
         [sys.executable, "-m", "launch.lab", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as made:
         assert made.stdout is not None
-        pids = [int(made.stdout.readline().rpartition("|")[2]) for _ in range(2)]
+        pids = [int(word) for _ in range(2) for word in made.stdout.readline().rpartition("|")[2].split()]
+        assert len(pids) == 4
         made.send_signal(number)
     expected = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
     assert made.returncode == expected[number]
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     left = list(Path("/run/netns").glob(f"ringhold-{made.pid}-*"))
     assert len(left) == (3 if number == signal.SIGKILL else 0)
     remove_stale()  # as the next one does
     assert not list(Path("/run/netns").glob(f"ringhold-{made.pid}-*"))
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--rate", "fast"], "'fast' is no rate; write 400mbit"),
+        (["--rate", "1kbit"], "a rate must be 80kbit to 40gbit a second, not 1000 bit"),
+        (["--hots", "4"], "there is no option '--hots'"),
         (["--cut", "2-3@10s..20s"], "a star of 4 hosts has no cable 2-3; it has 0-hub"),
         (["--cut", "9@1"], "there is no host 9; there are 0 to 3"),
         (["--cut", "1@5..4"], "ends before it begins"),
@@ -187,3 +196,34 @@ def test_rates_cuts_and_ways() -> None:
     ring = shape_of("ring", 5)
     assert [ring.next(0, target) for target in range(1, 5)] == ["1", "1", "4", "4"]
     assert shape_of("two-sites", 5).cables[-3:] == (("3", "hub2"), ("4", "hub2"), ("hub", "hub2"))
+
+
+def test_drawn_cuts_are_of_cables_that_are_healed_and_the_same_for_a_seed() -> None:
+    shape = shape_of("two-sites", 4)
+    cuts = draw_cuts(shape, 600.0, seed=1)
+    assert cuts == draw_cuts(shape, 600.0, seed=1) != draw_cuts(shape, 600.0, seed=2)
+    assert {(cut.one, cut.other) for cut in cuts} == set(shape.cables)
+    for cable in shape.cables:
+        times = [time for cut in cuts if (cut.one, cut.other) == cable for time in (cut.begin, cut.end or 0.0)]
+        assert times == sorted(times)
+        assert times[-1] <= 600.0
+    assert len(cuts) > 100
+
+
+def test_a_cable_that_two_cuts_share_is_healed_when_both_are_over() -> None:
+    told: list[tuple[str, str, str]] = []
+
+    class Told(Network):
+        def cut_cable(self, one: str, other: str) -> None:
+            told.append(("cut", one, other))
+
+        def heal_cable(self, one: str, other: str) -> None:
+            told.append(("heal", one, other))
+
+    switches, host, cable = Switches(Told(3, shape="mesh")), Cut("1", "", 1, 4), Cut("2", "1", 2, 5)
+    switches.cut(host)
+    switches.cut(cable)
+    switches.heal(host)
+    assert told == [("cut", "0", "1"), ("cut", "1", "2"), ("heal", "0", "1")]
+    switches.heal(cable)
+    assert told[3:] == [("heal", "1", "2")]
