@@ -3,7 +3,9 @@
 Filled in by `launch.supervisor`, judged by `launch.verdict`, read again by reports (OUT/run.jsonl).
 """
 
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +14,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from collectives.errors import CorruptFile
 from launch.faults import Planned
 
 State = Literal["starting", "spare", "warm", "joining", "running", "stopped", "returning", "ended"]
 Entry = dict[str, Any]
 """One line of the run's log: `time` (seconds since the epoch, UTC), `source` (who said it), `type`, and its fields."""
+_LONGEST_LINE = 64 << 20
 Observer = Callable[[Entry], None]
 
 
@@ -96,13 +100,14 @@ class RunLog:
     "peer-3", or "peer-3.1" for the second process of a slot. Types, with what else the line has:
 
     - supervisor: `run` (first; command, seed, replay: the words that run it again), `started` (peer, pid, spare),
-      `fault` (fault: its number, what, peer; step in a training run, aim in churn), `woken` (peer), `rate` (churn: each
-      second, operations finished and members at work), `signal`, `timeout`, `verdict` (last; passed; training: checks,
-      first_step, losses, reference; churn: report);
+      `fault` (fault: its number, what, peer; step in a training run, aim in churn), `struck` (churn: what, peer, and at:
+      when a fault that was sent before struck), `woken` (peer), `rate` (churn: each second, operations that members
+      finished and members at work), `signal`, `timeout`, `verdict` (last; passed; training: checks, first_step, losses,
+      reference; churn: report);
     - peers: `joined` (member, epoch), `event` (of the membership: event is fenced, epoch with members, lost and joined,
       ready, recovered, evicted or left), `evicted`, `left`, `exit` or `gone` (code), `error` or `failed`, `synced`;
-      training: `progress` (step, loss), `eval`, `checkpoint` (step, url), `traffic` (to: bytes by member), `done`;
-      churn: `saved`, `held`, `flipped`.
+      training: `progress` (step, loss), `eval`, `checkpoint` (step, url), `traffic` (to: bytes by member), `fired`
+      (a kill is about to strike), `done`; churn: `saved`, `held`, `flipped`, `leaving`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,9 +123,35 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[Entry]:
-    """Return the entries of a run's log, by time."""
-    with path.open() as file:
-        return sorted((json.loads(line) for line in file), key=lambda entry: float(entry["time"]))
+    """Return the entries of a run's log, by time. The last line may be half a one: the run goes on, or was cut off.
+
+    Raises:
+        OSError: the file cannot be read.
+        CorruptFile: it is no log.
+
+    """
+    entries = []
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(_LONGEST_LINE)
+            if not line:
+                break
+            try:
+                entries.append(_entry(line))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if number > 1 and not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
+                    break
+                raise CorruptFile(
+                    f"line {number} of {path} is no entry of a run's log; name the run.jsonl of a run"
+                ) from None
+    return sorted(entries, key=lambda entry: float(entry["time"]))
+
+
+def _entry(line: bytes) -> Entry:
+    value: Entry = json.loads(line)
+    if not math.isfinite(float(value["time"])) or not isinstance(value["source"] + value["type"], str):
+        raise ValueError
+    return value
 
 
 def entry(source: str, kind: str, **fields: Any) -> Entry:

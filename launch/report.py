@@ -1,6 +1,6 @@
 """`ringhold report`: what happened in a run, as one page to look at."""
 
-import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -24,15 +24,21 @@ def command(log: Path, output: Path | None, start: float | None, stop: float | N
     against the run without faults, the bytes between members, and the command that does it again.
     """
     log = log / "run.jsonl" if log.is_dir() else log
-    story = tell(_read(log))
+    entries = _read(log)
+    try:
+        story = tell(entries)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{log} is no log of this release ({error!r}); make the page with the one that ran") from None
     window = None
     if start is not None or stop is not None:
         window = (start or 0.0, story.seconds if stop is None else stop)
-        if window[0] >= window[1]:
+        if not window[0] < window[1] < math.inf:
             raise UsageError(
                 f"nothing lies between second {window[0]:g} and {window[1]:g}; the run has {story.seconds:.1f}"
             )
     target = output or log.with_suffix(".html")
+    if target.exists() and target.samefile(log):
+        raise UsageError(f"-o {target} is the log itself; name another file")
     _write(target, page(story, log.name, window))
     click.echo(str(target))
 
@@ -40,23 +46,35 @@ def command(log: Path, output: Path | None, start: float | None, stop: float | N
 def _read(path: Path) -> list[Entry]:
     """The entries of a run, those of other supervisors of it beside them too."""
     try:
-        entries = [entry for one in (path, *sorted(path.parent.glob("run.*.jsonl"))) for entry in read_log(one)]
+        others = sorted(path.parent.glob("run.[0-9]*.jsonl")) if path.name == "run.jsonl" else []
+        entries = [entry for one in (path, *others) for entry in read_log(one)]
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; name the run.jsonl of a run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{path} is no log of a run ({error!r}); name the run.jsonl of a run") from None
     if not entries:
         raise UsageError(f"{path} is empty: nothing was logged")
     return sorted(entries, key=lambda entry: float(entry["time"]))
 
 
 def _write(target: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, but for what is no file, such as /dev/stdout."""
+    data = text.encode(errors="replace")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, prefix=".report-") as file:
-            file.write(text)
-        draft = Path(file.name)
-        draft.chmod(0o644)
-        draft.replace(target)
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+        else:
+            _replace(target, data)
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}") from None
+
+
+def _replace(target: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False, prefix=".report-") as file:
+        draft = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            draft.chmod(0o644)
+            draft.replace(target)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise

@@ -1,23 +1,27 @@
 """The report of a run as one self-contained HTML page. `launch.report` calls `page`; `launch.story` says what happened.
 
-No script, nothing fetched: tables, and SVG that a browser scales. Colours follow the reader's light or dark setting;
-states differ in shape or in their label as well. What is wide scrolls within its frame, so that the page fits a phone.
+Nothing is fetched, and the page forbids it: tables, SVG, and one script that zooms and explains. Colours follow the
+reader's light or dark setting. What is wide scrolls within its frame, so that the page fits a phone.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from launch.figures import percentile
+from launch.report_script import SCRIPT
 from launch.report_style import STYLE
 from launch.report_time import time_charts
 from launch.story import KINDS, Recovery, Story
 from launch.units import duration, size
 
-MOST_BARS = 40
+MOST_BARS = 24
 """Recoveries that are drawn one by one; of more, the slowest."""
-MOST_LINKS = 24
-"""Members of whom the table of links tells."""
+MOST_LINKS = 16
+"""Members of whom the table of links tells; of more, those that moved the most bytes."""
+_PARTS = (("q1", "detect"), ("q2", "re-form"), ("q3", "first good operation"))
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LOSS = (1000, 260)
 
 
@@ -26,7 +30,7 @@ def page(story: Story, source: str, window: tuple[float, float] | None = None) -
     start, stop = window or (0.0, max(story.seconds, 1e-3))
     parts = [
         _head(story, source),
-        _section("Who was there", time_charts(story, start, stop)),
+        _section("Who was there", time_charts(story, start, stop) if story.lives else ""),
         _section("Recoveries", _recoveries(story)),
         _section("Loss", _losses(story)),
         _section("Bytes between members", _traffic(story)),
@@ -37,7 +41,9 @@ def page(story: Story, source: str, window: tuple[float, float] | None = None) -
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -52,12 +58,12 @@ def _head(story: Story, source: str) -> str:
     struck = [f"{sum(m.kind == kind for m in story.marks)} {kind}" for kind in KINDS]
     peers = sum(life.name != "coordinator" for life in story.lives)
     facts = [
-        ("lasted", duration(story.seconds)),
+        ("lasted", _long(story.seconds)),
         (story.unit, f"{done:,}"),
-        ("peers in all", str(peers)),
+        ("peers in all", f"{peers:,}"),
         ("at a time", _range([count for _, count in story.world])),
-        ("faults", f"{len(story.marks)}"),
-        ("worst return to work", _seconds(max((_total(r) for r in story.recoveries), default=None))),
+        ("faults", f"{len(story.marks):,}"),
+        ("worst return to work", _seconds(max((r.total for r in story.recoveries), default=None))),
         *([("seed", str(story.seed))] if story.seed is not None else []),
     ]
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
@@ -70,58 +76,57 @@ def _head(story: Story, source: str) -> str:
 
 
 def _recoveries(story: Story) -> str:
-    """Percentiles, then bars."""
+    """Percentiles by the fault, then the slowest as bars."""
     found = story.recoveries
     if not found:
         return ""
-    columns = (
-        ("detect", [r.detect for r in found]),
-        ("re-form", [r.reform for r in found]),
-        ("first good operation", [r.first for r in found]),
-        ("in all", [_total(r) for r in found]),
-    )
-    rows = "".join(
-        f"<tr><th>{name}</th>"
-        + "".join(f"<td>{_seconds(percentile(values, percent))}</td>" for percent in (50, 99, 100))
-        + "</tr>"
-        for name, values in columns
-    )
+    kinds = [kind for kind in (*KINDS, "several", "loss") if any(one.kind == kind for one in found)]
+    rows = _percentiles("all", found)
+    if len(kinds) > 1:
+        rows += "".join(_percentiles(kind, [one for one in found if one.kind == kind]) for kind in kinds)
+    medians = "".join(f"<th>{name}</th>" for _, name in _PARTS)
     table = (
-        '<div class="wide"><table><thead><tr><th>seconds from the fault on</th><th>median</th><th>99th</th>'
-        f"<th>worst</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        "<div class='wide'><table><thead><tr><th></th><th></th><th colspan='4' class='median'>median</th><th>99th</th>"
+        "<th>worst</th></tr><tr><th>lost by</th><th>how often</th>"
+        f"{medians}<th>in all</th><th>in all</th><th>in all</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    shown = sorted(sorted(found, key=_total)[-MOST_BARS:], key=lambda r: r.at)
-    left = len(found) - len(shown)
-    note = f'<p class="note">The slowest {len(shown)} of {len(found)}.</p>' if left else ""
-    key = "".join(
-        f'<span class="key"><i class="{c}"></i>{t}</span>'
-        for c, t in (("q1", "detect"), ("q2", "re-form"), ("q3", "first good operation"))
-    )
-    return f"{table}{note}<p>{key}</p><div class='wide'>{_bars(shown)}</div>"
+    shown = sorted(found, key=lambda one: one.total, reverse=True)[:MOST_BARS]
+    what = "all of them" if len(shown) == len(found) else f"the slowest {len(shown)} of {len(found)}"
+    note = f"<p class='note'>Times from the fault to the last survivor. Below, {what}; press one to see it above.</p>"
+    key = "".join(f'<span class="key"><i class="{look}"></i>{name}</span>' for look, name in _PARTS)
+    return f"{table}{note}<p>{key}</p><div class='bars'>{_bars(shown)}</div>"
+
+
+def _percentiles(name: str, found: Sequence[Recovery]) -> str:
+    totals = [one.total for one in found]
+    values = [
+        *(percentile(part, 50) for part in zip(*((r.detect, r.reform, r.first) for r in found), strict=True)),
+        *(percentile(totals, percent) for percent in (50, 99, 100)),
+    ]
+    cells = "".join(f"<td>{_seconds(value)}</td>" for value in values)
+    return f"<tr><th>{name}</th><td>{len(found)}</td>{cells}</tr>"
 
 
 def _bars(shown: Sequence[Recovery]) -> str:
     """A bar a recovery in three parts, all of them on one scale."""
-    longest = max(*map(_total, shown), 1e-3)
-    width, left, row = 1000, 330, 24
-    scale = (width - left - 90) / longest
-    parts = []
-    for number, one in enumerate(shown):
-        y, x = number * row, float(left)
-        parts.append(
-            f'<text class="name" x="{left - 10}" y="{y + 16}">{one.at:.1f} s &#160; {escape(_short(one.label))}</text>'
+    longest = max(*(one.total for one in shown), 1e-3)
+    rows = []
+    for one in shown:
+        parts = "".join(
+            f'<i class="{look}" style="width:{seconds / longest * 100:.2f}%"></i>'
+            for (look, _), seconds in zip(_PARTS, (one.detect, one.reform, one.first), strict=True)
         )
-        for look, seconds in (("q1", one.detect), ("q2", one.reform), ("q3", one.first)):
-            parts.append(
-                f'<rect class="{look}" x="{x:.1f}" y="{y + 4}" width="{max(seconds * scale, 0.8):.1f}" height="15"/>'
-            )
-            x += max(seconds * scale, 0.8)
-        parts.append(f'<text x="{x + 7:.1f}" y="{y + 16}">{_seconds(_total(one))}</text>')
-    return (
-        f'<svg viewBox="0 0 {width} {len(shown) * row + 4}" role="img" aria-label="Parts of each recovery">'
-        + "".join(parts)
-        + "</svg>"
-    )
+        words = escape(f"{one.label}: {', '.join(f'{n} {_seconds(v)}' for n, v in _named(one))}")
+        rows.append(
+            f'<button type="button" data-at="{one.at:.2f}" data-long="{one.total:.2f}" title="{words}">'
+            f'<span class="when">{one.at:.1f} s</span><span class="what">{escape(one.label)}</span>'
+            f'<span class="bar">{parts}</span><span class="long">{_seconds(one.total)}</span></button>'
+        )
+    return "".join(rows)
+
+
+def _named(one: Recovery) -> list[tuple[str, float]]:
+    return list(zip((name for _, name in _PARTS), (one.detect, one.reform, one.first), strict=True))
 
 
 def _losses(story: Story) -> str:
@@ -165,11 +170,18 @@ def _traffic(story: Story) -> str:
     """A table of senders and receivers, shaded by bytes."""
     if not story.traffic:
         return ""
-    members = sorted({member for pair in story.traffic for member in pair})[:MOST_LINKS]
+    moved: Counter[int] = Counter()
+    for (sender, receiver), count in story.traffic.items():
+        moved[sender] += count
+        moved[receiver] += count
+    members = sorted(member for member, _ in moved.most_common(MOST_LINKS))
+    told = {sender for sender, _ in story.traffic}
     most = max(story.traffic.values()) or 1
     head = "".join(f"<th>to {member}</th>" for member in members)
     rows = ""
     for sender in members:
+        if sender not in told:
+            continue
         cells = ""
         for receiver in members:
             count = story.traffic.get((sender, receiver), 0)
@@ -177,7 +189,9 @@ def _traffic(story: Story) -> str:
             cells += f"<td{share}>{size(count) if count else ''}</td>"
         rows += f"<tr><th>member {sender}</th>{cells}</tr>"
     table = f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'<div class="wide"><table class="heat">{table}</table></div>'
+    few = f"The {len(members)} of {len(moved)} members that moved the most. " if len(members) < len(moved) else ""
+    note = f"{few}{size(sum(story.traffic.values()))} in all; who was killed could not tell what it had sent."
+    return f'<div class="wide"><table class="heat">{table}</table></div><p class="note">{note}</p>'
 
 
 def _checks(story: Story) -> str:
@@ -189,8 +203,8 @@ def _checks(story: Story) -> str:
     return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>' if rows else ""
 
 
-def _total(one: Recovery) -> float:
-    return one.detect + one.reform + one.first
+def _long(seconds: float) -> str:
+    return duration(seconds) if seconds < 120 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
 def _seconds(value: float | None) -> str:
@@ -203,10 +217,6 @@ def _range(counts: Sequence[int]) -> str:
     if not counts:
         return "-"
     return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 38 else text[:37] + "…"
 
 
 def _thinned(points: Sequence[tuple[int, float]], most: int = 2000) -> Sequence[tuple[int, float]]:

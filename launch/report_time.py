@@ -1,72 +1,78 @@
-"""What a run's report draws over time: members as lanes, their number, and what was done. For `launch.report_page`.
+"""What a run's report draws over time: members as lanes, faults, number of members, and what was done.
 
-A lane is not a peer: when one is gone, the next one takes its lane, so that a run of an hour with thousands of peers
-has as many lanes as it had peers at a time. All three drawings have one axis of time.
+For `launch.report_page`. A lane is not a peer: when one is gone, the next one takes its lane, so that a run of an hour
+with thousands of peers has as many lanes as it had peers at a time. All drawings are in seconds and are stretched to
+their place: `launch.report_script` zooms by another view of the same shapes, and draws what must not be stretched.
 """
 
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import pairwise
+from typing import Any
 
-from launch.story import Life, Mark, Story
+from launch.story import KINDS, Life, Story
 
-WIDTH = 1000
-_LEFT, _RIGHT = 92, 16
-_ROW = 22
-_GLYPHS = {
-    "kill": "K",
-    "stop": "S",
-    "leave": "L",
-    "join": "J",
-    "coordinator": "C",
-    "partition": "P",
-    "slow": "W",
-    "corrupt": "X",
-}
-_STATES = ("alive", "healing", "joining", "waiting", "starting", "stopped")
-_MANY = 1500
-"""With more spans than this, those of a state become one path, without words that a pointer brings up."""
-_BINS = 240
+STATES = ("alive", "healing", "joining", "waiting", "starting", "stopped", "cut off")
+LETTERS = dict(zip(KINDS, "KSLJCPWX", strict=True))
+"""Of faults, in the lanes."""
+ROW = 22
+"""Pixels of a lane."""
+_KIND_ROW = 13
+_MEMBERS, _WORK = 72, 84
+_BINS = 3600
 
 
 def time_charts(story: Story, start: float, stop: float) -> str:
-    """The drawings from `start` to `stop` seconds, and their legend."""
-    axis = _Axis(start, stop)
-    lanes = _lanes([life for life in story.lives if life.stop >= start and life.start <= stop])
+    """The drawings, at first from `start` to `stop` seconds, their legend, and what the script needs to know."""
+    lanes = _lanes(story.lives)
+    height = len(lanes) * ROW
+    view = f"{start:.3f} {{}} {stop - start:.3f} {{}}"
+    charts = [
+        _chart("lanes", "Members over time", [_name(row, lane) for row, lane in enumerate(lanes)], ROW),
+        _drawing(view, height, "lanes", [_bands(story, height), *_swimlanes(story, lanes)]),
+        *_faults(story, view),
+        *_members(story, view),
+        *_work(story, view),
+    ]
     used = {span.state for life in story.lives for span in life.spans}
-    key = "".join(f'<span class="key"><i class="{name}"></i>{name}</span>' for name in _STATES if name in used)
-    kinds = [kind for kind in _GLYPHS if any(mark.kind == kind for mark in story.marks)]
-    key += "".join(f'<span class="key"><b>{_GLYPHS[kind]}</b> {kind}</span>' for kind in kinds)
-    height = len(lanes) * _ROW + 30
-    parts = [*_bands(story, axis, height - 26), *_swimlanes(story, lanes, axis), *axis.ticks(height - 22)]
-    members = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Members over time">{"".join(parts)}</svg>'
-    charts = [members, _world(story, axis), _work(story, axis)]
-    return f"<p>{key}</p><div class='wide'>{''.join(charts)}</div>"
+    key = "".join(f'<span class="key"><i class="{_look(s)}"></i>{s}</span>' for s in STATES if s in used)
+    if any(life.ended == "dead" for life in story.lives):
+        key += '<span class="key"><i class="end"></i>died</span>'
+    if story.recoveries:
+        key += '<span class="key"><i class="band"></i>a recovery</span>'
+    tools = "".join(
+        f'<button type="button" data-do="{what}" title="{title}">{label}</button>'
+        for what, label, title in (
+            ("all", "whole run", "Show all of it"),
+            ("in", "+", "Zoom in"),
+            ("out", "&minus;", "Zoom out"),
+            ("back", "&larr;", "Earlier"),
+            ("on", "&rarr;", "Later"),
+        )
+    )
+    data = json.dumps(_data(story, lanes), separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f'<p>{key}</p><p class="tools" hidden>{tools}<span class="note">Drag to zoom; point at anything for details.'
+        f'</span></p><noscript><p class="note">Drawn from {start:g} to {stop:g} s. Times, letters and zooming need '
+        f'scripts.</p></noscript><div class="time">{"".join(charts)}<div class="ticks"></div></div>'
+        f'<div class="tip" hidden></div><script type="application/json" id="run">{data}</script>'
+    )
 
 
-class _Axis:
-    def __init__(self, start: float, stop: float) -> None:
-        self.start, self.stop = start, stop
-        self.scale = (WIDTH - _LEFT - _RIGHT) / max(stop - start, 1e-9)
+def _chart(name: str, title: str, labels: Iterable[str], row: int) -> str:
+    """The left side of a drawing: its labels, one above the other."""
+    rows = "".join(f'<div style="height:{row}px;line-height:{row}px">{escape(label)}</div>' for label in labels)
+    return f'<div class="labels {name}" title="{escape(title)}">{rows}</div>'
 
-    def at(self, seconds: float) -> float:
-        return _LEFT + (min(max(seconds, self.start), self.stop) - self.start) * self.scale
 
-    def inside(self, seconds: float) -> bool:
-        return self.start <= seconds <= self.stop
-
-    def ticks(self, y: float) -> Iterator[str]:
-        rough = (self.stop - self.start) / 8
-        steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
-        step = next((s for s in steps if s >= rough), rough)
-        number = int(self.start / step)
-        while number * step <= self.stop:
-            if number * step >= self.start:
-                x, text = self.at(number * step), _clock(number * step, step)
-                yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y:.1f}"/>'
-                yield f'<text class="tick" x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{text}</text>'
-            number += 1
+def _drawing(view: str, height: float, name: str, shapes: Iterable[str]) -> str:
+    """The right side."""
+    return (
+        f'<div class="plot" data-chart="{name}"><svg class="zoomed" height="{height}" preserveAspectRatio="none" '
+        f'viewBox="{view.format(0, height)}" role="img" aria-label="{name} over time">{"".join(shapes)}</svg></div>'
+    )
 
 
 def _lanes(lives: Sequence[Life]) -> list[list[Life]]:
@@ -82,128 +88,126 @@ def _lanes(lives: Sequence[Life]) -> list[list[Life]]:
     return ([own] if own else []) + lanes
 
 
-def _swimlanes(story: Story, lanes: Sequence[Sequence[Life]], axis: _Axis) -> Iterator[str]:
-    many = sum(len(life.spans) for lane in lanes for life in lane) > _MANY
+def _name(row: int, lane: Sequence[Life]) -> str:
+    return lane[0].name if len({life.name for life in lane}) == 1 else f"lane {row}"
+
+
+def _look(state: str) -> str:
+    return state.replace(" ", "-")
+
+
+def _swimlanes(story: Story, lanes: Sequence[Sequence[Life]]) -> Iterator[str]:
     paths: defaultdict[str, list[str]] = defaultdict(list)
-    rows: dict[int, int] = {}
-    gone: list[str] = []
+    ends = []
     for row, lane in enumerate(lanes):
-        y = row * _ROW
-        name = lane[0].name if len({life.name for life in lane}) == 1 else f"lane {row}"
-        yield f'<text class="name" x="{_LEFT - 10}" y="{y + 15}">{escape(name)}</text>'
+        y = row * ROW + 4
         for life in lane:
-            rows[id(life)] = row
             for span in life.spans:
-                x, end = axis.at(span.start), axis.at(span.stop)
-                if end <= x:
-                    continue
-                if many:
-                    paths[span.state].append(f"M{x:.1f} {y + 4}H{end:.1f}V{y + 18}H{x:.1f}z")
-                    continue
-                who = life.name + (f" (members {', '.join(map(str, life.members))})" if life.members else "")
-                words = escape(f"{who}: {span.state}, {span.start:.2f} to {span.stop:.2f} s")
-                yield (
-                    f'<rect class="{span.state}" x="{x:.1f}" y="{y + 4}" width="{end - x:.1f}" height="14">'
-                    f"<title>{words}</title></rect>"
-                )
-            if life.ended == "dead" and axis.inside(life.stop):
-                gone.append(f"M{axis.at(life.stop) - 4:.1f} {y + 7}l8 8m0 -8l-8 8")
+                if span.stop > span.start:
+                    paths[span.state].append(f"M{span.start:.2f} {y}H{span.stop:.2f}v14H{span.start:.2f}z")
+            if life.ended == "dead":
+                ends.append(f"M{life.stop:.2f} {y - 2}v18")
     for state, pieces in paths.items():
-        yield f'<path class="{state}" d="{"".join(pieces)}"/>'
-    yield f'<path class="gone" d="{"".join(gone)}"/>'
-    yield from _marks(story, rows, axis, many)
+        yield f'<path class="{_look(state)}" d="{"".join(pieces)}"/>'
+    yield f'<path class="end" d="{"".join(ends)}"/>'
+    rows = _rows(lanes)
+    strokes = [f"M{mark.at:.2f} {rows[id(mark.life)] * ROW + 1}v10" for mark in story.marks if id(mark.life) in rows]
+    yield f'<path class="fault" d="{"".join(strokes)}"/>'
 
 
-def _marks(story: Story, rows: dict[int, int], axis: _Axis, many: bool) -> Iterator[str]:
-    for mark in story.marks:
-        life = _struck(story, mark)
-        row = rows.get(id(life)) if life is not None else None
-        if row is None or not axis.inside(mark.at):
-            continue
-        x, y = axis.at(mark.at), row * _ROW + 11
-        if many:
-            yield f'<circle class="glyph" cx="{x:.1f}" cy="{y}" r="1.6"/>'
-            continue
-        words = escape(f"{mark.kind} of {mark.peer} at {mark.at:.2f} s {mark.detail}".strip())
-        yield (
-            f'<g><title>{words}</title><circle class="glyph" cx="{x:.1f}" cy="{y}" r="7.5"/>'
-            f'<text class="mark" x="{x:.1f}" y="{y + 4}">{_GLYPHS.get(mark.kind, "?")}</text></g>'
+def _rows(lanes: Sequence[Sequence[Life]]) -> dict[int, int]:
+    return {id(life): row for row, lane in enumerate(lanes) for life in lane}
+
+
+def _bands(story: Story, height: float) -> str:
+    """Behind a drawing: the time of each recovery."""
+    path = "".join(f"M{r.at:.2f} 0H{r.at + r.total:.2f}V{height}H{r.at:.2f}z" for r in story.recoveries)
+    return f'<path class="band" d="{path}"/>'
+
+
+def _faults(story: Story, view: str) -> Iterator[str]:
+    """A row of strokes for each kind."""
+    kinds = [kind for kind in KINDS if any(mark.kind == kind for mark in story.marks)]
+    if kinds:
+        yield _chart("faults", "Faults over time", (f"{kind} {LETTERS[kind]}" for kind in kinds), _KIND_ROW)
+        strokes = (
+            f"M{mark.at:.2f} {kinds.index(mark.kind) * _KIND_ROW + 2}v{_KIND_ROW - 4}"
+            for mark in story.marks
+            if mark.kind in kinds
         )
+        yield _drawing(view, len(kinds) * _KIND_ROW, "faults", [f'<path class="strokes" d="{"".join(strokes)}"/>'])
 
 
-def _struck(story: Story, mark: Mark) -> Life | None:
-    """The life that a fault struck."""
-    lives = [life for life in story.lives if life.name == mark.peer and life.start <= mark.at + 1]
-    return next((life for life in lives if life.stop >= mark.at), lives[-1] if lives else None)
-
-
-def _bands(story: Story, axis: _Axis, height: float) -> Iterator[str]:
-    """Behind the drawing: the time of each recovery."""
-    for one in story.recoveries:
-        end = one.at + one.detect + one.reform + one.first
-        if axis.inside(one.at) or axis.inside(end):
-            x, width = axis.at(one.at), max(axis.at(end) - axis.at(one.at), 0.5)
-            yield f'<rect class="band" x="{x:.1f}" y="0" width="{width:.1f}" height="{height:.1f}"/>'
-
-
-def _world(story: Story, axis: _Axis) -> str:
-    """Number of members, as steps."""
-    points = [(at, count) for at, count in story.world if at <= axis.stop]
-    if not points:
-        return ""
-    most, height = max(count for _, count in points), 90
-    scale = 58 / most
-    path, last = "", 0
-    for at, count in points:
-        y = 68 - count * scale
-        path += f"M{axis.at(at):.1f} {y:.1f}" if not path else f"H{axis.at(at):.1f}V{y:.1f}"
-        last = count
-    path += f"H{axis.at(axis.stop):.1f}"
-    marks = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{68 - n * scale:.1f}" y2="{68 - n * scale:.1f}"/>'
-        f'<text class="tick" x="{_LEFT - 10}" y="{72 - n * scale:.1f}" text-anchor="end">{n}</text>'
-        for n in sorted({0, most, (most + 1) // 2})
-    )
-    label = f'<text class="tick" x="{_LEFT}" y="{height - 6}">members ({last} at the end)</text>'
+def _scale(name: str, title: str, height: int, most: str) -> str:
+    """The left side of a curve: its name, and at the ends of its height 0 and the highest value."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Number of members over time">'
-        f'{marks}<path class="world" d="{path}"/>{label}</svg>'
+        f'<div class="labels {name} scale" style="height:{height}px" title="{escape(title)}"><span>{most}</span>'
+        f"<span>{escape(title)}</span><span>0</span></div>"
     )
 
 
-def _work(story: Story, axis: _Axis) -> str:
-    """Steps or operations a second, in bins; recoveries lie behind."""
+def _members(story: Story, view: str) -> Iterator[str]:
+    """Number of members, as steps."""
+    if story.world:
+        most = max(count for _, count in story.world)
+        scale = (_MEMBERS - 8) / max(most, 1)
+        path = ""
+        for at, count in story.world:
+            y = _MEMBERS - 2 - count * scale
+            path += f"M{at:.2f} {y:.1f}" if not path else f"H{at:.2f}V{y:.1f}"
+        path += f"H{story.seconds:.2f}"
+        yield _scale("members", "members", _MEMBERS, str(most))
+        yield _drawing(view, _MEMBERS, "members", [f'<path class="world" d="{path}"/>'])
+
+
+def _work(story: Story, view: str) -> Iterator[str]:
+    """Steps or operations a second; recoveries lie behind."""
+    rates = list(_rates(story))
+    if rates:
+        most = max(rate for _, _, rate in rates) or 1.0
+        scale = (_WORK - 6) / most
+        path = "".join(f"M{a:.2f} {_WORK}V{_WORK - rate * scale:.1f}H{b:.2f}V{_WORK}z" for a, b, rate in rates if rate)
+        yield _scale("work", f"{story.unit}/s", _WORK, f"{most:.3g}")
+        yield _drawing(view, _WORK, "work", [_bands(story, _WORK), f'<path class="work" d="{path}"/>'])
+
+
+def _rates(story: Story) -> Iterator[tuple[float, float, float]]:
+    """From when, to when, so much a second: between times of which the work done is known, some thousand at most."""
     points = [(0.0, 0.0), *story.progress]
     if len(points) < 3:
-        return ""
-    width = (axis.stop - axis.start) / _BINS
-    done = [0.0] * _BINS
-    for (before, first), (after, last) in pairwise(points):
-        for index in range(max(0, int((before - axis.start) / width)), _BINS):
-            low, high = axis.start + index * width, axis.start + (index + 1) * width
-            if low >= after:
-                break
-            share = min(high, after) - max(low, before)
-            done[index] += (last - first) * max(0.0, share) / max(after - before, 1e-9)
-    rates = [count / width for count in done]
-    most = max(rates) or 1.0
-    wide = (WIDTH - _LEFT - _RIGHT) / _BINS
-    bars = "".join(
-        f"M{_LEFT + n * wide:.1f} 80v{-rate / most * 66:.1f}h{wide:.2f}V80z" for n, rate in enumerate(rates) if rate
-    )
-    bands = "".join(_bands(story, axis, 80))
-    ticks = f'<text class="tick" x="{_LEFT - 10}" y="18" text-anchor="end">{most:.3g}</text>'
-    ticks += f'<text class="tick" x="{_LEFT - 10}" y="84" text-anchor="end">0</text>'
-    label = f'<text class="tick" x="{_LEFT}" y="98">{escape(story.unit)} a second; behind: recoveries</text>'
-    return (
-        f'<svg viewBox="0 0 {WIDTH} 104" role="img" aria-label="{escape(story.unit)} a second over time">'
-        f'{bands}<path class="work" d="{bars}"/>{ticks}{label}</svg>'
-    )
+        return
+    least = story.seconds / _BINS
+    kept = [points[0]]
+    for point in points[1:]:
+        if point[0] - kept[-1][0] > least or point is points[-1]:
+            kept.append(point)
+    for (before, first), (after, last) in pairwise(kept):
+        if after > before:
+            yield before, after, (last - first) / (after - before)
 
 
-def _clock(seconds: float, step: float) -> str:
-    if step < 1:
-        return f"{seconds:.1f} s"
-    if seconds < 120 and step < 60:
-        return f"{seconds:g} s"
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+def _data(story: Story, lanes: Sequence[Sequence[Life]]) -> dict[str, Any]:
+    """What a pointer asks for."""
+    rows = _rows(lanes)
+    return {
+        "seconds": round(story.seconds, 3),
+        "row": ROW,
+        "unit": story.unit,
+        "states": STATES,
+        "kinds": KINDS,
+        "letters": [*LETTERS.values()],
+        "lanes": [[_told(life) for life in lane] for lane in lanes],
+        "marks": [
+            [round(mark.at, 2), rows.get(id(mark.life), -1), KINDS.index(mark.kind), mark.peer, mark.detail]
+            for mark in sorted(story.marks, key=lambda mark: mark.at)
+            if mark.kind in KINDS
+        ],
+        "recoveries": [[round(r.at, 2), round(r.total, 3), r.label] for r in story.recoveries],
+        "members": [[round(at, 2), count] for at, count in story.world],
+        "work": [[round(a, 2), round(b, 2), round(rate, 2)] for a, b, rate in _rates(story)],
+    }
+
+
+def _told(life: Life) -> list[Any]:
+    spans = [[STATES.index(span.state), round(span.start, 2)] for span in life.spans]
+    return [life.name, ", ".join(map(str, life.members)), spans, round(life.stop, 2), life.ended]

@@ -4,6 +4,7 @@
 entries that it does not know are passed over. Times are in seconds from the first entry on.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,23 @@ from launch.record import Entry
 ENDS = ("exit", "gone")
 KINDS = ("kill", "stop", "leave", "join", "coordinator", "partition", "slow", "corrupt")
 """Of faults."""
+_AWAY = {"stop": "stopped", "partition": "cut off", "coordinator": "stopped"}
+"""States that faults put their victims into."""
+_STATES = {"ready": "waiting", "evicted": "joining", "synced": "alive"}
+"""By what a peer says."""
+_SAID_BY_VICTIMS = {"fired": "kill", "flipped": "corrupt", "leaving": "leave"}
+"""Faults, by what their victims say when they strike."""
+_LOSSES = ("kill", "stop", "leave", "partition", "corrupt", "slow")
+"""Faults that may cost a member its place."""
+_COMPLAINTS = 20
+_LATE = 0.5
+"""Seconds that a death may be seen after the members have seen it."""
 
 
 @dataclass(slots=True)
 class Span:
-    """A state of a peer: starting, waiting (to be let join), joining, healing (it gets the state), alive, stopped."""
+    """A state of a peer: starting, waiting (to be let join), joining, healing (it gets the state), alive, stopped, or
+    cut off."""
 
     state: str
     start: float
@@ -45,14 +58,18 @@ class Life:
         return self.spans[-1].stop
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mark:
-    """A fault."""
+    """A fault. `at`: when it struck; where the log does not tell, when it was sent."""
 
     at: float
     kind: str
     peer: str
     detail: str
+    life: Life | None = None
+    """What it struck."""
+    sure: bool = False
+    """Whether `at` is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +77,17 @@ class Recovery:
     """What followed the loss of members, in seconds: from the first survivor's fence on, or from the fault on."""
 
     at: float
+    kind: str
+    """Of the fault; "several" if different ones struck members that were lost together, "loss" if none is known."""
     label: str
     detect: float
     reform: float
     first: float
+
+    @property
+    def total(self) -> float:
+        """From the fault to the first good operation of the last survivor."""
+        return self.detect + self.reform + self.first
 
 
 @dataclass(slots=True)
@@ -86,7 +110,7 @@ class Story:
     """Work done in all by that time: steps, or operations."""
     unit: str = "steps"
     recoveries: list[Recovery] = field(default_factory=list)
-    traffic: dict[tuple[int, int], int] = field(default_factory=dict)
+    traffic: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Bytes by (sender, receiver)."""
     passed: bool | None = None
     """None: the log ends without a verdict."""
@@ -107,7 +131,11 @@ class _Teller:
         self._living: dict[str, Life] = {}
         self._epoch = self._done = 0
         self._now = 0.0
-        self._struck: dict[str, Mark] = {}
+        self._unnamed: Mark | None = None
+        """A fault that strikes a peer which has not been started yet."""
+        self._marks: dict[str, list[Mark]] = {}
+        self._joined: dict[int, tuple[str, float]] = {}
+        """Whose a member was, and since when."""
         self._changes: dict[int, dict[str, Any]] = {}
 
     def take(self, entry: Entry) -> None:
@@ -122,38 +150,38 @@ class _Teller:
                 self.story.command, self.story.seed = entry["command"], entry.get("seed")
                 self.story.replay = entry.get("replay", "")
             case "started":
-                self._start(entry["peer"])
+                self._started(entry["peer"])
             case "listening":
                 self._enter("coordinator", "alive")
-            case "ready":
-                self._enter(source, "waiting")
-            case "evicted":
-                self._enter(source, "joining")
+            case "ready" | "evicted" | "synced":
+                self._enter(source, _STATES[kind])
             case "joined":
                 self._enter(source, "healing")
                 self._living[source].members.append(entry["member"])
-            case "synced":
-                self._enter(source, "alive")
+                self._joined[entry["member"]] = (source, self._now)
             case "fault":
                 self._strike(entry)
+            case "struck":
+                self._struck(entry["peer"], entry["what"], float(entry["at"]) - self.story.began)
+            case "fired" | "flipped" | "leaving":
+                self._struck(source, _SAID_BY_VICTIMS[kind], self._now)
             case "woken":
                 self._enter(entry["peer"], "alive" if entry["peer"] == "coordinator" else "joining")
             case "left" | "done":
                 self._finish(source, kind)
             case "exit" | "gone":
-                self._finish(source, "dead" if entry["code"] else "left")
+                self._ended(source, entry["code"])
             case "event":
                 self._event(source, entry)
             case "progress":
                 self._progress(entry)
             case "rate":
-                self.story.unit = "operations"
+                self.story.unit = "operations"  # of each member
                 self._done += entry["operations"]
                 self.story.progress.append((self._now, self._done))
             case "traffic":
                 for receiver, count in entry["to"].items():
-                    pair = (int(entry["member"]), int(receiver))
-                    self.story.traffic[pair] = self.story.traffic.get(pair, 0) + int(count)
+                    self.story.traffic[int(entry["member"]), int(receiver)] += int(count)
 
     def end(self) -> Story:
         """The story, whole."""
@@ -164,6 +192,18 @@ class _Teller:
         story.recoveries += self._recoveries()
         story.recoveries.sort(key=lambda one: one.at)
         return story
+
+    def _started(self, peer: str) -> None:
+        self._start(peer)
+        if self._unnamed is not None:
+            self._unnamed.peer, self._unnamed.life = peer, self._living[peer]
+            self._marks.setdefault(peer, []).append(self._unnamed)
+            self._unnamed = None
+
+    def _ended(self, peer: str, code: int) -> None:
+        self._finish(peer, "dead" if code else "left")
+        if code and not any(mark.sure for mark in self._marks.get(peer, ())):
+            self._struck(peer, "kill", self._now)
 
     def _start(self, peer: str) -> None:
         if peer not in self._living:
@@ -186,24 +226,41 @@ class _Teller:
             life.spans[-1].stop, life.ended = self._now, how
 
     def _strike(self, entry: Entry) -> None:
-        kind, peer = entry["what"], entry["peer"]
+        kind = entry["what"]
+        peer = "coordinator" if kind == "coordinator" else entry["peer"]
         detail = entry.get("aim") or (f"step {entry['step']}" if "step" in entry else "")
-        mark = Mark(self._now, kind, "coordinator" if kind == "coordinator" else peer, detail)
+        mark = Mark(self._now, kind, peer, detail, self._living.get(peer))
         self.story.marks.append(mark)
-        self._struck[mark.peer] = mark
-        if kind == "stop":
-            self._enter(peer, "stopped")
-        elif kind == "coordinator" and self.story.command == "churn":
-            self._enter("coordinator", "stopped")
-        elif kind == "coordinator":
+        if not peer:
+            self._unnamed = mark
+            return
+        self._marks.setdefault(peer, []).append(mark)
+        if kind == "coordinator" and self.story.command != "churn":
             self._finish("coordinator", "dead")
+        elif away := _AWAY.get(kind):
+            self._enter(peer, away)
+            mark.life = self._living[peer]
+
+    def _struck(self, peer: str, kind: str, at: float) -> None:
+        """A fault that was sent struck at this time."""
+        for mark in reversed(self._marks.get(peer, ())):
+            if mark.kind == kind:
+                away, life = _AWAY.get(kind), mark.life
+                if away and life is not None and peer in self._living:
+                    if life.spans[-1].state != away:
+                        self._enter(peer, away)
+                    if len(life.spans) > 1:
+                        life.spans[-1].start = life.spans[-2].stop = max(at, life.spans[-2].start)
+                mark.at, mark.sure = at, True
+                break
 
     def _event(self, source: str, entry: Entry) -> None:
         name, epoch = entry["event"], entry.get("epoch", 0)
         if name == "epoch" and epoch > self._epoch:
             self._epoch = epoch
             self.story.world.append((self._now, len(entry["members"])))
-        if name in ("fenced", "epoch", "recovered") and epoch:
+        # Who tells of an epoch that is over was stopped meanwhile.
+        if name in ("fenced", "epoch", "recovered") and epoch >= self._epoch > 0:
             change = self._changes.setdefault(epoch, {"lost": []})
             if name == "epoch":
                 change["lost"] = entry["lost"]
@@ -228,21 +285,35 @@ class _Teller:
                 into[:] = [(first + number + 1, value) for number, value in enumerate(values)]
 
     def _recoveries(self) -> list[Recovery]:
-        """Of every change that lost somebody: when the fault struck is known by the peer, else by the first fence."""
-        peers = {member: life.name for life in self.story.lives for member in life.members}
-        found = []
-        for change in self._changes.values():
+        """Of every change that lost somebody: when the fault struck is known by the peer, else by the first fence.
+
+        A change that another one overtook is over when that one is.
+        """
+        found: list[Recovery] = []
+        done = None
+        for _, change in sorted(self._changes.items(), reverse=True):
+            done = change.get("last recovered", done)
             if not change["lost"] or "last epoch" not in change:
                 continue
-            lost = [peers.get(member, f"member {member}") for member in change["lost"]]
             fence = change.get("first fenced", change["first epoch"])
-            marks = [m for m in self.story.marks if m.peer in lost and m.at <= fence + 0.001]
-            struck = max((mark.at for mark in marks), default=fence)
-            kinds = " and ".join(dict.fromkeys(mark.kind for mark in marks[-len(lost) :])) or "loss"
+            lost, marks = [], []
+            for member in change["lost"]:
+                peer, since = self._joined.get(member, (f"member {member}", 0.0))
+                lost.append(peer)
+                fits = [m for m in self._marks.get(peer, ()) if since <= m.at <= fence + _LATE and m.kind in _LOSSES]
+                marks += sorted(fits, key=lambda mark: mark.at)[-1:]
+            struck = min(max((mark.at for mark in marks), default=fence), fence)
+            kinds = [*dict.fromkeys(mark.kind for mark in marks)]
             formed = max(change["last epoch"], fence)
-            done = max(change.get("last recovered", formed), formed)
             found.append(
-                Recovery(struck, f"{kinds} of {', '.join(lost)}", fence - struck, formed - fence, done - formed)
+                Recovery(
+                    struck,
+                    "several" if len(kinds) > 1 else "".join(kinds) or "loss",
+                    f"{' and '.join(kinds) or 'loss'} of {', '.join(lost)}",
+                    fence - struck,
+                    formed - fence,
+                    max(0.0, (done or formed) - formed),
+                )
             )
         return found
 
@@ -256,4 +327,6 @@ def _figures(report: dict[str, Any]) -> list[tuple[str, bool, str]]:
         rows.append((name, not report.get(name), f"{report.get(name, 0)} in {report.get('operations', 0)} operations"))
     if "false_evictions" in report:
         rows.append(("false evictions", True, str(report["false_evictions"])))
+    rows += [("left out", True, f"{kind}: {why}") for kind, why in report.get("left_out", {}).items()]
+    rows += [("complaint", False, str(text)) for text in report.get("complaints", ())[:_COMPLAINTS]]
     return rows

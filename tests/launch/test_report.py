@@ -1,7 +1,9 @@
 """The page of a run: what a log says is on it, it needs nothing from elsewhere, and an hour of churn stays small."""
 
 import json
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,64 @@ def test_the_story_of_a_log() -> None:
     ]
     assert (second.ended, first.ended) == ("dead", "done")
     assert [count for _, count in story.world] == [2, 1]
+    (mark,) = story.marks
+    assert mark.life is second
+    assert mark.kind == "kill"
+    assert mark.at == pytest.approx(3.05)
     (recovery,) = story.recoveries
     assert recovery.label == "kill of peer-1"
-    assert (recovery.detect, recovery.reform, recovery.first) == pytest.approx((0.1, 0.2, 0.3))
+    assert (recovery.detect, recovery.reform, recovery.first) == pytest.approx((0.05, 0.2, 0.3))
     assert story.losses == [(1, 5.0), (2, 4.0), (3, 3.0)]
     assert story.traffic == {(1, 2): 4096}
+
+
+def churned(*rows: tuple[float, str, str, dict[str, Any]]) -> Story:
+    """Two members, of which peer-1 is struck, then `rows`."""
+    return tell(
+        log_of(
+            (0.0, "supervisor", "run", {"command": "churn"}),
+            (0.1, "supervisor", "started", {"peer": "peer-0"}),
+            (0.1, "supervisor", "started", {"peer": "peer-1"}),
+            (1.0, "peer-0", "event", epoch("epoch", 1, [1, 2], [], [1, 2])),
+            (1.0, "peer-1", "joined", {"member": 2}),
+            (1.1, "peer-1", "synced", {}),
+            *rows,
+        )
+    )
+
+
+def test_a_fault_strikes_when_the_log_says_so_not_when_it_was_sent() -> None:
+    story = churned(
+        (2.0, "supervisor", "fault", {"what": "slow", "peer": "peer-1"}),
+        (5.0, "supervisor", "fault", {"what": "stop", "peer": "peer-1", "aim": "sync before"}),
+        (6.0, "peer-1", "synced", {}),
+        (7.1, "supervisor", "struck", {"what": "stop", "peer": "peer-1", "at": 1007.0}),
+        (9.0, "peer-0", "event", epoch("fenced", 2, [], [], [])),
+        (9.1, "peer-0", "event", epoch("epoch", 2, [1], [2], [])),
+        (9.2, "supervisor", "fault", {"what": "join", "peer": ""}),
+        (9.2, "supervisor", "started", {"peer": "peer-2"}),
+        (9.3, "peer-0", "event", epoch("fenced", 3, [], [], [])),
+        (9.4, "peer-0", "event", epoch("epoch", 3, [1, 3], [], [3])),
+        (9.5, "peer-0", "event", epoch("recovered", 3, [], [], [])),
+        (12.0, "peer-1", "event", epoch("fenced", 2, [], [], [])),  # it wakes
+    )
+    (recovery,) = story.recoveries
+    assert (recovery.label, recovery.kind) == ("stop of peer-1", "stop")
+    assert (recovery.at, recovery.detect, recovery.reform, recovery.first) == pytest.approx((7.0, 2.0, 0.1, 0.4))
+    alive, stopped = story.lives[1].spans[-2:]
+    assert (alive.state, stopped.state) == ("alive", "stopped")
+    assert (alive.start, stopped.start) == pytest.approx((6.0, 7.0))
+    assert story.marks[-1].peer == "peer-2"
+
+
+def test_a_member_that_is_cut_off_is_shown_so() -> None:
+    story = churned(
+        (2.0, "supervisor", "fault", {"what": "partition", "peer": "peer-1"}),
+        (5.0, "supervisor", "woken", {"peer": "peer-1"}),
+        (6.0, "peer-1", "left", {}),
+    )
+    assert [span.state for span in story.lives[1].spans[-3:]] == ["alive", "cut off", "joining"]
+    assert "cut off" in Reader(page(story, "run.jsonl")).text
 
 
 class Reader(HTMLParser):
@@ -84,12 +139,12 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.fetched: list[str] = []
         self.text = ""
+        self.data: Any = None
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.fetched += [f"{name}={value}" for name, value in attrs if name in ("src", "href")]
-        assert tag != "script"
         if tag not in ("meta", "line", "rect", "circle", "path", "polyline"):
             self.open.append(tag)
 
@@ -100,7 +155,10 @@ class Reader(HTMLParser):
             assert tag in ("line", "rect", "circle", "path", "polyline"), f"{tag} closes {self.open}"
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            self.data = json.loads(data) if data.startswith("{") else self.data
+        elif self.open[-1:] != ["style"]:
+            self.text += data
 
 
 def test_the_page_says_it_and_stands_alone() -> None:
@@ -115,6 +173,16 @@ def test_the_page_says_it_and_stands_alone() -> None:
         "4 KiB",
     ):
         assert said in reader.text, said
+    assert reader.data["lanes"][1] == [["peer-1", "2", [[4, 0.2], [1, 1.0], [0, 1.6]], 3.05, "dead"]]
+    assert reader.data["marks"] == [[3.05, 1, 0, "peer-1", "step 2"]]
+
+
+def test_what_a_log_says_is_text_on_the_page() -> None:
+    evil = "</script><script>alert(1)</script>"
+    log = [*small(), *log_of((6.0, "supervisor", "started", {"peer": evil}), (7.0, evil, "ready", {}))]
+    log[0] |= {"command": evil, "replay": evil}
+    text = page(tell(log), evil)
+    assert "alert" not in text.replace("&lt;script&gt;alert", "").replace("\\u003cscript>alert", "")
 
 
 def test_a_run_that_ended_early_has_a_page_too() -> None:
@@ -180,9 +248,13 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (None, [], "UsageError", "cannot read"),
         ("", [], "UsageError", "is empty"),
-        ("no json\n", [], "CorruptFile", "is no log of a run"),
-        ('{"a": 1}\n', [], "CorruptFile", "is no log of a run"),
+        ("no json\n", [], "CorruptFile", "line 1 of"),
+        ('{"a": 1}\n', [], "CorruptFile", "is no entry of a run's log"),
+        ('{"time": 1e400, "source": "a", "type": "ready"}\n', [], "CorruptFile", "is no entry"),
+        ('{"time": 1, "source": "a", "type": "joined"}\n', [], "CorruptFile", "no log of this release"),
+        ("[1]\n", [], "CorruptFile", "is no entry"),
         (json.dumps(small()[0]) + "\n", ["--from", "9", "--to", "3"], "UsageError", "nothing lies between"),
+        (json.dumps(small()[0]) + "\n", ["--to", "nan"], "UsageError", "nothing lies between"),
         (json.dumps(small()[0]) + "\n", ["-o", "/no/such/folder/a.html"], "UsageError", "cannot write"),
     ],
 )
@@ -200,3 +272,28 @@ def test_what_is_no_log_is_refused(
 
 def test_an_empty_story_is_drawn() -> None:
     Reader(page(Story(), "nothing"))
+
+
+def test_a_log_that_ends_within_a_line_is_told_as_far_as_it_goes(tmp_path: Path) -> None:
+    log = tmp_path / "run.jsonl"
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in small()[:-1]) + '{"time": 1005.5, "sou')
+    done = CliRunner().invoke(ringhold, ["report", str(log)])
+    assert done.exit_code == 0, done.output
+    assert "no verdict" in (tmp_path / "run.html").read_text()
+
+
+def test_the_page_does_not_take_the_place_of_the_log_or_of_a_device(tmp_path: Path) -> None:
+    log = tmp_path / "run.jsonl"
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in small()))
+    before = log.read_bytes()
+    done = CliRunner().invoke(ringhold, ["report", str(log), "-o", str(log)])
+    assert "is the log itself" in str(done.exception)
+    assert log.read_bytes() == before
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        done = CliRunner().invoke(ringhold, ["report", str(log), "-o", str(pipe)])
+        assert "kill of peer-1" in read.result(30)
+    assert done.exit_code == 0
+    assert pipe.is_fifo()
