@@ -11,8 +11,6 @@ Each run of a benchmark (`Request.runs`) has a coordinator of its own, because a
 import os
 import queue
 import secrets
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 from collectives import errors
 from collectives.errors import OperationTimeout, RingholdError, UsageError
+from launch import mpirun
 from launch.environment import Launcher, peer_environment
 from launch.process import Child, Inbox, end_all
 from launch.rendezvous import Rendezvous
@@ -174,21 +173,14 @@ def through_mpirun(ranks: int) -> NoReturn:
         UsageError: there is no mpirun.
 
     """
-    beside = str(Path(sys.executable).parent)
-    path = os.pathsep.join([beside, os.environ.get("PATH", "")])
-    mpirun = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
-    if mpirun is None:
-        raise UsageError('MPI needs mpirun or mpiexec on PATH; install one: pip install "ringhold[mpi]"')
-    words = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=30).stdout
+    program, path, open_mpi = mpirun.find()
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}
-    command = [mpirun, "-n", str(ranks)]
-    if "Open MPI" in words:
-        # More ranks than cores are the rule on the machines that this is for, and containers run as root. A rank that
-        # waits must give way: two that were woken on one core would otherwise wait there for each other's time slice.
-        command += ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
-        environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [program, "-n", str(ranks)]
+    if open_mpi:
+        command += mpirun.OPEN_MPI
+        environ |= mpirun.OPEN_MPI_ENVIRON
     sys.stdout.flush()
-    os.execve(mpirun, [*command, sys.executable, *sys.orig_argv[1:]], environ)
+    os.execve(program, [*command, sys.executable, *sys.orig_argv[1:]], environ)
 
 
 def _be_rank(request: Any, launcher: Launcher, addresses: Mapping[str, str], token: str, show: Any) -> int:

@@ -21,6 +21,11 @@ from launch.churn_plan import KINDS, Kind, Plan, parse_kinds
 from launch.record import Entry, RunLog, entry
 
 _OP_TIMEOUT = 15.0
+_JOIN_TIMEOUT = 30.0
+_WITHIN_A_HOST = {
+    "shm": "shared memory is within one host, where no link can be cut",
+    "mpi": "the ranks that one mpirun starts here share a host, where no link can be cut",
+}
 _LEAST = 2
 _MOST = 64
 
@@ -117,6 +122,7 @@ def _run(request: Any, settings: Any, folder: Path, json_file: Path | None, *, q
     from launch.churn_lab import Lab
     from launch.churn_run import Failed, Hang, evidence
     from launch.crew import Crew
+    from launch.crew_ranks import RankCrew
     from launch.network import Network
 
     log = RunLog(folder / "run.jsonl")
@@ -132,6 +138,7 @@ def _run(request: Any, settings: Any, folder: Path, json_file: Path | None, *, q
         "founders": request.least,
         "heartbeat_timeout": request.heartbeat_timeout,
         "op_timeout": _OP_TIMEOUT,
+        "join_timeout": _JOIN_TIMEOUT,
     }
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(Network(request.most)) if "partition" in request.kinds else None
@@ -142,7 +149,8 @@ def _run(request: Any, settings: Any, folder: Path, json_file: Path | None, *, q
         # Whatever members write to the temporary folder must be gone when they are.
         stack.enter_context(_temporary_folder(scratch))
         request = replace(request, orders=replace(request.orders, checkpoints=str(folder / "checkpoints")))
-        crew = stack.enter_context(Crew(options, network, logs))
+        kind = RankCrew if request.orders.transport == "mpi" else Crew
+        crew = stack.enter_context(kind(options, network, logs))
         lab = Lab(crew, request, network, observe)
         try:
             lab.run()
@@ -206,15 +214,15 @@ def _range(text: str, option: str) -> tuple[float, float]:
 def _possible(wanted: tuple[Kind, ...], transport: str, *, strict: bool) -> tuple[tuple[Kind, ...], dict[str, str]]:
     """Return the faults that can be had here, and why the others cannot; `strict`: refuse then."""
     from collectives.epochs import parse_transport
-    from launch import network
+    from launch import crew_ranks, network
 
     name = parse_transport(transport)[0]
-    if name == "mpi":
-        raise UsageError("--transport mpi: no peer can join a running MPI job; take another transport")
     left_out: dict[str, str] = {}
+    if name == "mpi":
+        crew_ranks.require()
     if "partition" in wanted:
-        if name == "shm":
-            left_out["partition"] = "shared memory is within one host, where no link can be cut"
+        if name in _WITHIN_A_HOST:
+            left_out["partition"] = _WITHIN_A_HOST[name]
         else:
             try:
                 network.require()

@@ -38,6 +38,8 @@ class Audit:
     saved: dict[int, tuple[int, str]] = field(default_factory=dict)
     """By step, a peer that knows its checkpoint to be there, and the hash of what is in it."""
     growth: list[int] = field(default_factory=list)
+    lent: Counter[str] = field(default_factory=Counter)
+    """The most that a library held in a member that left, by name; it is no leak of ours."""
     healed: dict[int, float] = field(default_factory=dict)
     """Members that may give state, also those that went since, and since when. Ids are never used again."""
     _results: dict[int, tuple[int, Any]] = field(default_factory=dict)
@@ -134,6 +136,7 @@ class Audit:
     def _usage(self, peer: int, message: Message) -> None:
         before, after = message["before"], message["after"]
         self.growth.append(after["rss"] - before["rss"])
+        self.lent |= Counter(message["lent"])
         more = [f"{after[key] - before[key]} {key}" for key in before if key != "rss" and after[key] > before[key]]
         if self.growth[-1] > RSS_LIMIT:
             more.append(f"{self.growth[-1] >> 20} MiB")

@@ -26,8 +26,6 @@ HANG_SECONDS = 30.0
 """The bound: everybody who is not struck does something within it, and gets over a loss."""
 _AIM_SECONDS = 3.0
 """A victim that has not come to the point where it is aimed at by then is struck where it is."""
-_JOIN_SECONDS = 0.15
-"""A peer that is struck while it joins is struck within so many seconds of its start."""
 _LONGEST_ABSENCE = 3.0
 _REFILL = 0.7
 """Part of the losses that are made good at once."""
@@ -107,7 +105,7 @@ class Lab:
                     return False
                 self._plan(blow, None)
                 newcomer = self._start()
-                self._after(blow.length * _JOIN_SECONDS, partial(self._strike_newcomer, blow, newcomer))
+                self._after(blow.length * self._crew.join_seconds, partial(self._strike_newcomer, blow, newcomer))
             case _:
                 victim = self._victim(blow)
                 if victim is None:
@@ -217,6 +215,10 @@ class Lab:
         victim.peer.signal(number)
 
     def _strike_newcomer(self, blow: Blow, newcomer: Guest) -> None:
+        if not newcomer.peer.pid:  # it is still to be spawned
+            delay = max(0.02, blow.length * self._crew.join_seconds)
+            self._after(delay, partial(self._strike_newcomer, blow, newcomer))
+            return
         if newcomer.peer.name not in self._guests or newcomer.suffers or newcomer.working:
             return  # it was quick, and is a member like any other now
         self.aimed["join"] += 1
@@ -310,7 +312,7 @@ class Lab:
         peer = self._crew.start_peer(partial(live, orders=self._request.orders))
         guest = self._guests[peer.name] = Guest(peer, planned=planned)
         self.planned["join"] += planned
-        self._note("started", peer=_name(peer), pid=peer.process.pid, spare=False, planned=planned)
+        self._note("started", peer=_name(peer), pid=peer.pid, spare=False, planned=planned)
         return guest
 
     def _refill(self, number: int) -> None:
@@ -322,7 +324,7 @@ class Lab:
             self._start(planned=True)
 
     def _hear(self, guest: Guest, message: Message) -> None:
-        peer = guest.peer
+        peer, guest.moved_at = guest.peer, time.monotonic()
         match message["type"]:
             case "joined":
                 guest.member = message["member"]
@@ -342,6 +344,8 @@ class Lab:
                 self._after(patience, partial(self._forgive, guest))
             case "left" if guest.suffers == "leave":
                 self.fired["leave"] += 1
+            case "unspawned" if (newcomer := self._guests.get(message["peer"])) and not newcomer.suffers:
+                raise Failed(f"peer {peer.name} could not spawn peer {message['peer']}: {message['why']}")
             case "failed":
                 raise Failed(f"peer {peer.name}: {message['error']}: {message['message']}")
             case "gone":
@@ -395,6 +399,7 @@ class Lab:
         """Take what there is, run the timers that are due, and look whether everybody moves."""
         if self._timers:
             timeout = max(0.0, min(timeout, self._timers[0][0] - time.monotonic()))
+        self._crew.tend([guest.peer for guest in self._guests.values() if guest.working and not guest.suffers])
         for peer, message in self._crew.receive(min(timeout, 0.05)):
             self.audit.hear(peer.name, message)
             self._hear(self._guests[peer.name], message)

@@ -21,13 +21,15 @@ from torch import Tensor
 from checkpoint import save
 from collectives import faults
 from collectives.communicator import Communicator
-from collectives.errors import Evicted, MemberLost
+from collectives.errors import Evicted, MemberLost, RingholdError
 from collectives.hashing import digest
 from collectives.outcome import Outcome
 from collectives.state import state_hash
+from collectives.transports import mpi_spawn, mpi_world
 from launch.churn_cases import LARGEST, Case, Trial, Workbench, case_of, side_expected, side_trial
 from launch.churn_plan import Phase
 from launch.crew import Desk, usage
+from launch.crew_ranks import SPAWN, spawn
 
 PHASES: tuple[Phase, ...] = ("operation", "sync", "giver", "admit", "save")
 SETTLE_SECONDS = 60.0
@@ -67,6 +69,8 @@ class Word(IntEnum):
     FLIP = 12
     """1: damage a frame of data, 2: of control; behind it the place in the frame, in millionths."""
     FLIP_PLACE = 13
+    SPAWN = SPAWN
+    """Over MPI: 1 + name of a peer that this one is to spawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ def live(desk: Desk, orders: Orders) -> None:
     """Be a member until told to leave; after an eviction, again. Ends with a "usage" message."""
     before = usage()
     lives = 0
+    spawning: list[threading.Thread] = []
     while not desk.words[Word.LEAVE]:
         lives += 1
         try:
@@ -93,23 +98,29 @@ def live(desk: Desk, orders: Orders) -> None:
             continue
         desk.report("joined", member=comm.member_id, epoch=comm.epoch, founder=comm.founder)
         try:
-            _Member(desk, comm, orders).run()
+            _Member(desk, comm, orders, spawning).run()
             desk.report("leaving", member=comm.member_id)
             comm.leave()
         except Evicted as error:
             desk.report("evicted", reason=str(error)[:500])
             comm.close()
+    for thread in spawning:
+        while thread.is_alive():
+            thread.join(0.1)
+            desk.words[Word.ACTIVE] += 1
     desk.report("left")
+    lent = _lent(orders.transport)
+    before = {key: count + lent.get(key, 0) for key, count in before.items()}
     after = _settled(desk, before)
     threads = [thread.name for thread in threading.enumerate()][:20]
-    desk.report("usage", lives=lives, before=before, after=after, threads=threads)
+    desk.report("usage", lives=lives, before=before, after=after, threads=threads, lent=lent)
 
 
 class _Member:
     """One membership."""
 
-    def __init__(self, desk: Desk, comm: Communicator, orders: Orders) -> None:
-        self._desk, self._comm, self._orders = desk, comm, orders
+    def __init__(self, desk: Desk, comm: Communicator, orders: Orders, spawning: list[threading.Thread]) -> None:
+        self._desk, self._comm, self._orders, self._spawning = desk, comm, orders, spawning
         self._me = comm.member_id
         self._epoch = 0
         # A founder's is the run's. Newcomers all hold the same wrong one, as if they had started from one seed.
@@ -125,11 +136,22 @@ class _Member:
         while not words[Word.LEAVE]:
             words[Word.ACTIVE] += 1
             self._suffer()
+            if words[Word.SPAWN]:
+                name, words[Word.SPAWN] = words[Word.SPAWN] - 1, 0
+                self._spawning.append(threading.Thread(target=self._spawn, args=(name,), name=f"spawn peer {name}"))
+                self._spawning[-1].start()
             self._operate(case_of(self._orders.seed, self._number + 1, self._orders.kinds, self._orders.largest))
             if self._number % SAVE_EVERY == 0:
                 self._save()
             if self._number % ADMIT_EVERY == 0 and self._admit():
                 self._sync()
+
+    def _spawn(self, name: int) -> None:
+        """Start another peer of this MPI job, beside operations; it takes as long as that needs to start."""
+        try:
+            spawn(self._comm, name)
+        except RingholdError as error:
+            self._desk.report("unspawned", peer=name, why=str(error)[:500])
 
     def _admit(self) -> bool:
         with self._aimed("admit"):
@@ -318,6 +340,18 @@ def _hold(milliseconds: int) -> None:
     end = time.monotonic() + milliseconds / 1000
     while (left := end - time.monotonic()) > 0:
         sleep(min(900_000, int(left * 1e6) + 1))
+
+
+def _lent(transport: str) -> dict[str, int]:
+    """What a library may hold for as long as the process lives, by the names of `usage`.
+
+    Open MPI has a connection with each process that was not started together with this one and exchanged data with it,
+    and each of its calls whose other end died in the middle may keep a thread.
+    """
+    if transport != "mpi":
+        return {}
+    calls = mpi_spawn.stuck()
+    return {"descriptors": len(mpi_world.enter().universes) - 1, "threads": calls, "python_threads": calls}
 
 
 def _settled(desk: Desk, before: dict[str, int]) -> dict[str, int]:

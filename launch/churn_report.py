@@ -68,6 +68,7 @@ def summary(lab: Lab, settings: Settings, seconds: float, folder: Path) -> dict[
         "hang_bound": HANG_SECONDS,
         "leaks": len(audit.leaks),
         "false_evictions": len(audit.false_evictions),
+        "lent_max": dict(audit.lent),
         "growth_mib_max": max(audit.growth, default=0) >> 20,
         "recoveries": _by_kind(losses),
         "recoveries_alone": _by_kind([strike for strike in losses if not strike.overlapping]),

@@ -1,7 +1,8 @@
 """A coordinator and peers as processes of their own, for the churn lab and for benchmarks: they are killed and stopped.
 
 The main process imports torch once and forks; a peer is there within tens of milliseconds. Peers report small messages
-on a pipe (`Desk.report`), and share a few words with the main process, which can be read when they are dead.
+on a pipe (`Desk.report`), and share a few words with the main process, which can be read when they are dead. Peers that
+are ranks of an MPI job are in `crew_ranks`.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -77,21 +78,26 @@ class Desk:
 
 
 class Peer:
-    """A process of the crew, as the main process sees it."""
+    """A process of the crew, as the main process sees it; `process` and `pipe` are None before it is forked."""
 
-    def __init__(self, name: int, process: Any, pipe: Connection, words: memoryview, log: Path, host: int) -> None:
+    def __init__(self, name: int, words: memoryview, log: Path) -> None:
         self.name = name
-        self.host = host
+        self.host = -1
         self.words = words
         self.log = log
-        self.process = process
-        self.pipe: Connection | None = pipe
+        self.process: Any = None
+        self.pipe: Connection | None = None
         self.stopped = False
+
+    @property
+    def pid(self) -> int:
+        """Its process id, 0 before it is forked."""
+        return self.process.pid if self.process is not None else 0
 
     @property
     def alive(self) -> bool:
         """Whether the process has not ended (a stopped one has not)."""
-        return bool(self.process.is_alive())
+        return self.process is not None and bool(self.process.is_alive())
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens if the process has ended, whose id is not free before we ask for its end."""
@@ -99,6 +105,22 @@ class Peer:
             os.kill(self.process.pid, number)
             if number in (signal.SIGSTOP, signal.SIGCONT):
                 self.stopped = number == signal.SIGSTOP
+
+    def end(self) -> int:
+        """Kill it if it is there, and wait for its end; return the exit code, -N for signal N."""
+        if self.alive:
+            self.process.kill()
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for its end, and return the exit code."""
+        if self.pipe is not None:
+            self.pipe.close()
+            self.pipe = None
+        if self.process is None:
+            return 0
+        self.process.join()
+        return int(self.process.exitcode)
 
 
 class Crew:
@@ -113,6 +135,9 @@ class Crew:
     Make it in the main thread of a process that has no other: it forks.
 
     """
+
+    join_seconds = 0.15
+    """In which a peer is about to have joined, on an idle machine."""
 
     def __init__(self, options: Mapping[str, Any], network: Network | None = None, folder: Path | None = None) -> None:
         self._options = Options.resolve(options)
@@ -140,24 +165,12 @@ class Crew:
 
         SIGUSR1 makes it write the stacks of its threads to its log.
         """
-        name = len(self.peers)
-        words = self._all_words[name * WORDS : (name + 1) * WORDS]
-        receive, send = _fork.Pipe(duplex=False)
-        log = self.folder / f"peer-{name:03d}.log"
-        options, enter, host = self._options, None, -1
-        if self._network is not None:
-            taken = [peer.host for peer in self.living.values()]
-            host = min(range(self._network.size), key=taken.count)
-            options = replace(options, listen=self._network.address(host))
-            enter = partial(self._network.enter, host)
-        desk = Desk(name, *self.place, options, words, send)
-        process = _fork.Process(target=_run_peer, args=(desk, work, log, os.getpid(), enter), name=f"peer {name}")
-        process.start()
-        send.close()
-        peer = Peer(name, process, receive, words, log, host)
-        self.peers.append(peer)
-        self.living[name] = peer
+        peer = self._enlist()
+        self._fork(peer, work)
         return peer
+
+    def tend(self, members: Sequence[Peer]) -> None:
+        """Do what is due now and then; `members` work. Here nothing is: peers are forked at once."""
 
     def signal_coordinator(self, number: signal.Signals) -> None:
         """Send the coordinator a signal."""
@@ -167,7 +180,7 @@ class Crew:
 
     def receive(self, timeout: float) -> list[tuple[Peer, Message]]:
         """Wait up to `timeout` seconds for messages and return those that are there; the last of a peer is "gone"."""
-        open_pipes: dict[Any, Peer] = {peer.pipe: peer for peer in self.living.values()}
+        open_pipes: dict[Any, Peer] = {peer.pipe: peer for peer in self.living.values() if peer.pipe is not None}
         messages = []
         for pipe in wait(list(open_pipes), timeout):
             peer = open_pipes[pipe]
@@ -176,11 +189,8 @@ class Crew:
                 while peer.pipe.poll():
                     messages.append((peer, json.loads(peer.pipe.recv_bytes())))
             except (EOFError, OSError):
-                peer.pipe.close()
-                peer.pipe = None
                 del self.living[peer.name]
-                peer.process.join()
-                messages.append((peer, {"type": "gone", "time": time.time(), "code": peer.process.exitcode}))
+                messages.append((peer, {"type": "gone", "time": time.time(), "code": peer.ended()}))
         return messages
 
     def status(self) -> str:
@@ -195,13 +205,11 @@ class Crew:
 
     def close(self) -> None:
         """End everything that is still there."""
-        for process in [*(peer.process for peer in self.living.values()), self.coordinator]:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        for peer in self.living.values():
+            peer.end()
+        self.coordinator.kill()
+        self.coordinator.join()
         for peer in self.peers:
-            if peer.pipe is not None:
-                peer.pipe.close()
             peer.words.release()
         self._all_words.release()
         self._memory.close()
@@ -233,6 +241,32 @@ class Crew:
         self._port = int(receive.recv_bytes())
         receive.close()
         self._address = f"{self._listen}:{self._port}"
+
+    def _enlist(self) -> Peer:
+        """The next peer, of which there is nothing yet but its place here."""
+        name = len(self.peers)
+        words = self._all_words[name * WORDS : (name + 1) * WORDS]
+        peer = Peer(name, words, self.folder / f"peer-{name:03d}.log")
+        self.peers.append(peer)
+        self.living[name] = peer
+        return peer
+
+    def _fork(self, peer: Peer, work: Callable[[Desk], None]) -> None:
+        """Start the process of a peer."""
+        receive, send = _fork.Pipe(duplex=False)
+        options, enter = self._options, None
+        if self._network is not None:
+            taken = [other.host for other in self.living.values() if other is not peer]
+            peer.host = min(range(self._network.size), key=taken.count)
+            options = replace(options, listen=self._network.address(peer.host))
+            enter = partial(self._network.enter, peer.host)
+        desk = Desk(peer.name, *self.place, options, peer.words, send)
+        peer.process = _fork.Process(
+            target=_run_peer, args=(desk, work, peer.log, os.getpid(), enter), name=f"peer {peer.name}"
+        )
+        peer.process.start()
+        send.close()
+        peer.pipe = receive
 
     @property
     def _listen(self) -> str:

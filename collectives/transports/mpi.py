@@ -35,7 +35,9 @@ _TAGS = 2**31
 """Added to a channel's number: where the tags of its streams are told."""
 _HELLO, _PORT = CHANNELS + 1, CHANNELS + 2
 _GLANCE = 2e-3
-"""Seconds between two looks at MPI while a thread waits for a note."""
+"""Seconds between two looks at MPI while a thread waits for a note, and has transfers of its own under way."""
+_LONG_GLANCE = 10e-3
+"""The same where it has none. The library may call a send over, and keep the end of it until it is called again."""
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -69,6 +71,7 @@ class MpiTransport(Transport):
         self._run = site.key
         self._links = PeerLinks(site)
         self._places: dict[int, Place] = {}  # by rank in the epoch; foreigners have none
+        self._afar = False  # whether there are members that the library reaches by TCP
         self._lock = threading.Lock()
         self._aborted = False
         self._outbound: dict[tuple[int, int], Stream] = {}
@@ -103,6 +106,7 @@ class MpiTransport(Transport):
             if self._reachable(hello):
                 self._places[rank] = self.world.find(hello.places) or self._meet(rank, deadline)
                 self._clear(rank, hello)
+        self._afar = any(place.universe != self.world.job.name for place in self._places.values())
 
     @staticmethod
     def spawn(command: Sequence[str], environ: Mapping[str, str], count: int, timeout: float) -> None:
@@ -167,12 +171,13 @@ class MpiTransport(Transport):
         MPI moves what is under way only while somebody calls it, and the peer may wait for just that: so call it.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._inflight:
-            left = _GLANCE if deadline is None else min(_GLANCE, deadline - time.monotonic())
+        while self._inflight or self._afar:
+            glance = _GLANCE if self._inflight else _LONG_GLANCE
+            left = glance if deadline is None else min(glance, deadline - time.monotonic())
             try:
                 return self._links.recv(peer, channel, max(0.0, left))
             except OperationTimeout:
-                if left < _GLANCE:
+                if left < glance:
                     raise
                 self._progress()
         return self._links.recv(peer, channel, None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -232,6 +237,8 @@ class MpiTransport(Transport):
             inflight = list(self._inflight)
         for message in inflight:
             message.nudge()
+        if not inflight:
+            self.world.progress()
 
     def _post(self, message: Message, stream: Stream) -> None:
         """Hand a message to MPI, in pieces where it is long. Called under the lock."""

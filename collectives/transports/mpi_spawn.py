@@ -107,5 +107,14 @@ def bounded(work: Callable[[], T], timeout: float, given_up: Callable[[], bool] 
     if errors:
         raise errors[0]
     if not done:
+        _left_behind.append(thread)
         raise OperationTimeout("a call of MPI did not return in time")
     return done[0]
+
+
+_left_behind: list[threading.Thread] = []
+
+
+def stuck() -> int:
+    """Return how many calls of this process were left behind and have not returned yet; each keeps a thread."""
+    return sum(thread.is_alive() for thread in _left_behind)

@@ -100,6 +100,11 @@ class World:
         """Describe so many bytes at an address to MPI."""
         return [self.mpi.memory.fromaddress(address, count), count, self.mpi.BYTE]
 
+    def progress(self) -> None:
+        """Let the library send what it has kept back, as where a connection was full."""
+        with contextlib.suppress(self.failure), self.guard:
+            self.mpi.COMM_SELF.Iprobe()
+
     def add(self, universe: Universe) -> None:
         """Take note of a universe."""
         self.universes[universe.name] = universe

@@ -16,6 +16,7 @@ FAULTS = {
     "gloo": "kill,stop,leave,join,coordinator,slow",
     "checked:sockets": "all",
     "shm": "kill,stop,leave,join,coordinator,slow,corrupt",
+    "mpi": "kill,stop,leave,join,coordinator,slow,corrupt",
 }
 
 

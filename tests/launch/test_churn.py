@@ -116,7 +116,15 @@ def joined(member: int, when: float, founder: bool) -> dict[str, Any]:
 
 def usage(**given: int) -> dict[str, Any]:
     before = {"python_threads": 1, "threads": 2, "descriptors": 9, "rss": 1 << 20}
-    return {"type": "usage", "time": 9.0, "lives": 1, "before": before, "after": {**before, **given}, "threads": []}
+    return {
+        "type": "usage",
+        "time": 9.0,
+        "lives": 1,
+        "before": before,
+        "after": {**before, **given},
+        "threads": [],
+        "lent": {},
+    }
 
 
 WRONG: list[tuple[list[tuple[int, dict[str, Any]]], str]] = [
@@ -177,7 +185,7 @@ def test_what_is_right_is_no_complaint() -> None:
         (["--ops", ","], "names no operation"),
         (["--every", "0"], "the first number must be positive"),
         (["--transport", "shm", "--faults", "partition"], "shared memory is within one host"),
-        (["--transport", "mpi"], "no peer can join a running MPI job"),
+        (["--transport", "mpi", "--faults", "partition"], "the ranks that one mpirun starts here share a host"),
         (["--transport", "pigeon"], "unknown transport 'pigeon'"),
         (["--out", "used"], "is not empty"),
     ],
