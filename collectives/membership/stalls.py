@@ -115,7 +115,9 @@ class Complaints:
         if not again:
             return Remedy()
         victim = link_to_evict(again[0], bad)
-        return Remedy((victim,), f"its links to {sorted(again[0] - {victim})} failed twice")
+        if others := sorted(again[0] - {victim}):
+            return Remedy((victim,), f"its links to {others} failed twice")
+        return Remedy((victim,), "operations that it waited in stood still twice, and no link was known to be silent")
 
 
 def judge_stall(rows: Rows, lane: str, seq: int, patience: float) -> Judgement:
