@@ -4,43 +4,51 @@
     python -m benchmarks.attention overlap          # how much of computing and communicating overlaps, by their ratio
     python -m benchmarks.attention real             # two ranks over shared memory against one process: time, memory
     python -m benchmarks.attention weave            # a tensor-parallel stack with its tokens split and not
+    python -m benchmarks.attention split            # the split that is chosen against none, for many lengths
     python -m benchmarks.attention map --svg FILE   # which scheme wins for how many heads of keys, by the simulator
 
-What is compared takes turns in one run. In `links` and `overlap` computation is modelled by sleeping.
+What is compared takes turns in one run. In `links` and `overlap`, and unless `--compute
+real` is given in `weave` and `split`, computation is modelled by sleeping.
 """
 
 import argparse
 import json
-import os
-import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import weaving
+from benchmarks.company import together
 from benchmarks.figures import table
-from launch.bench_host import Company
 from launch.chart import line_chart
-from launch.environment import peer_environment
 
 GROUPS = (1, 2, 4, 8, 16, 32)
 """Heads of queries for each of keys, in the map."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    modes = {
+        "links": links,
+        "overlap": overlap,
+        "real": real,
+        "weave": weaving.gains,
+        "split": weaving.choice,
+        "map": draw_map,
+    }
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("links", "overlap", "real", "weave", "map"))
+    parser.add_argument("what", choices=tuple(modes))
     parser.add_argument("--ranks", type=int, nargs="+", default=None)
     parser.add_argument("--length", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--link", default="10M", help="bytes a second of a link, where one is emulated")
+    parser.add_argument("--link", help="bytes a second of a link, where one is emulated (10M; of woven stacks 2M)")
+    parser.add_argument("--compute", choices=("modelled", "real"), default="modelled", help="of weave")
     parser.add_argument("--network", choices=("mesh", "ring"), default="ring", help="of the map")
     parser.add_argument("--svg", type=Path, default=None)
     given = parser.parse_args(arguments)
-    return {"links": links, "overlap": overlap, "real": real, "weave": weave, "map": draw_map}[given.what](given)
+    return modes[given.what](given)
 
 
 def links(given: argparse.Namespace) -> int:
@@ -79,7 +87,17 @@ def overlap(given: argparse.Namespace) -> int:
 def command(given: argparse.Namespace, schemes: str, ranks: int, length: int, *more: str) -> list[dict[str, Any]]:
     """Run `ringhold attention`; its rows."""
     asked = ["--scheme", schemes, "--ranks", str(ranks), "--seq", str(length), "--rounds", str(given.rounds)]
-    line = [sys.executable, "-m", "launch.attention", *asked, "--link", given.link, "--compute", "modelled", *more]
+    line = [
+        sys.executable,
+        "-m",
+        "launch.attention",
+        *asked,
+        "--link",
+        given.link or "10M",
+        "--compute",
+        "modelled",
+        *more,
+    ]
     done = subprocess.run([*line, "--check", "256", "--json"], stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(row) for row in done.stdout.splitlines()]
 
@@ -103,36 +121,6 @@ def real(given: argparse.Namespace) -> int:
         )
     print(table(("ranks", "s", "one process", "ratio", "MiB a rank", "one process", "ratio"), rows))
     return 0
-
-
-def weave(given: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "links.json"
-        link = {"latency": 1e-4, "bandwidth": float(given.link.removesuffix("M")) * 2**20}
-        path.write_text(json.dumps({"kind": "flat", "ranks": 2, "link": link}))
-        settings = {"tokens": given.length or 1024, "width": 512, "layers": 4, "rounds": given.rounds}
-        found = together("weave", 2, "emulated:sockets", str(path), settings)[0]
-    rows = [(f"{found['split']:.2f}", f"{found['whole']:.2f}", f"{found['whole'] / found['split']:.2f}")]
-    print(table(("split, s", "whole, s", "times as fast"), rows))
-    return 0
-
-
-def together(what: str, ranks: int, transport: str, topology: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Have ranks measure something; their figures, by rank."""
-    token = secrets.token_urlsafe(16)
-    environ = {**peer_environment(os.environ), "OMP_NUM_THREADS": "1", "RINGHOLD_HEARTBEAT_TIMEOUT": "30"}
-    with Company(token, environ) as company:
-        children = [company.start(f"rank {rank}", "benchmarks.attention_rank") for rank in range(ranks)]
-        address = company.host(["attention"], ranks)["attention"]
-        for child in children:
-            order = {"what": what, "address": address, "token": token, "transport": transport, "topology": topology}
-            child.send({**order, "given": given})
-        found: list[dict[str, Any]] = []
-        while len(found) < ranks:
-            _, message = company.hear()
-            if message["type"] == "figures":
-                found.append(message)
-    return sorted(found, key=lambda one: int(one["rank"]))
 
 
 def draw_map(given: argparse.Namespace) -> int:

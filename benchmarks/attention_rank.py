@@ -1,4 +1,4 @@
-"""A rank of `benchmarks.attention`: attention and a woven stack, with real computation, in turns with one process' own.
+"""A rank of `benchmarks.attention`: attention with real computation, in turns with one process' own.
 
 Started by the benchmark through `launch.bench_host.Company`; its orders come on stdin, its figures go back as reports.
 """
@@ -28,7 +28,13 @@ def main() -> int:
     torch.set_num_threads(1)
     options = Options.resolve({"heartbeat_timeout": 30.0, "topology": order["topology"], "op_timeout": 300.0})
     with Communicator.join(order["address"], "attention", order["token"], order["transport"], options) as comm:
-        measures: dict[str, Callable[..., dict[str, Any]]] = {"attention": attention, "weave": weave}
+        from benchmarks import weaving_rank
+
+        measures: dict[str, Callable[..., dict[str, Any]]] = {
+            "attention": attention,
+            "weave": weaving_rank.computed,
+            "weave modelled": weaving_rank.modelled,
+        }
         found = measures[order["what"]](comm, **order["given"])
     link.report("figures", **found)
     return 0
@@ -66,22 +72,6 @@ def attention(comm: Any, length: int, heads: int, rounds: int) -> dict[str, Any]
         alone, used_alone = time.perf_counter() - begun, peak() - base + used
     comm.barrier()
     return {"rank": comm.rank, "ours": ours, "alone": alone, "used": used, "used_alone": used_alone}
-
-
-def weave(comm: Any, tokens: int, width: int, layers: int, rounds: int) -> dict[str, Any]:
-    """Forward of a stack with its tokens split and not, in turns, and of its computation alone."""
-    import torch
-
-    from parallel.overlap import WovenShape, WovenStack
-
-    stack = WovenStack(WovenShape(width, 8, 4 * width, layers), comm)
-    x = torch.randn(1, tokens, width)
-    times: dict[str, list[float]] = {"split": [], "whole": []}
-    with torch.no_grad():
-        for _ in range(rounds):
-            for name, point in (("split", tokens // 2), ("whole", tokens)):
-                times[name].append(timed(comm, lambda point=point: stack(x, point), 1))  # type: ignore[misc]
-    return {"rank": comm.rank, **{name: statistics.median(taken) for name, taken in times.items()}}
 
 
 def timed(comm: Any, act: Callable[[], object], rounds: int) -> float:

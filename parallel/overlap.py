@@ -2,13 +2,17 @@
 all-reduce is under way (Gond, Kwatra and Ramjee, 2025, arXiv:2505.11329).
 
 The all-reduce is taken apart (`collectives.algorithms.weave`): reduce-scatter, residual addition and RMSNorm on a
-rank's rows, all-gather. The residual stays sharded by rows from the first block to the last. Each half has a lane of
-its own, so transfers go on in the background, in the backward pass too, where the halves take turns in reverse.
+rank's rows, all-gather. The residual stays sharded by rows from the first block to the last. The exchanges of both
+halves go one after the other in a lane of their own, in the background, in the backward pass too, where the halves take
+turns in reverse. In two lanes they would be slower where the links are busy all the time: the confirmation of one half,
+without which it cannot go on, would queue behind the bulk of the other.
 
     stack = WovenStack(shape, comm)
     out = stack(x)                       # x and out: (B, T, width), the same on all members
     out.sum().backward()
     stack.sum_partial_gradients()        # of the norms, which all members have
+
+Where to split, and whether it pays: `parallel.split_choice`.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,14 +29,11 @@ from collectives.communicator import Communicator
 from collectives.errors import UsageError
 from collectives.outcome import Work
 from collectives.region import split
-from collectives.simulate import simulate
 from collectives.subgroup import SubGroup
-from collectives.topology import Topology
 
 Members = Communicator | SubGroup
 EPS = 1e-6
-LEAST_GAIN = 0.01
-"""A split must be expected to save this share of the time: the expectation may be off by as much."""
+LANE = "weave"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ class WovenShape:
 
 
 class _Exchange:
-    """One weave of one half on its lane: what its two ends share, forward and backward.
+    """One weave of one half: what its two ends share, forward and backward.
 
     The graph has a node where it starts and one where it is awaited. Backward, the latter starts the exchange of the
     gradients and the former awaits it; what lies between them in the graph is computed meanwhile.
     """
 
-    def __init__(self, comm: Members, lane: str, weight: Tensor) -> None:
-        self._comm, self._lane, self.weight = comm, lane, weight
+    def __init__(self, comm: Members, weight: Tensor) -> None:
+        self._comm, self.weight = comm, weight
         self._work: Work | None = None
         self.grad_weight: Tensor | None = None
 
@@ -69,16 +70,15 @@ class _Exchange:
                 kept.copy_(mine.reshape(-1))
 
         source = torch.cat([partial.detach().reshape(-1), own.detach().reshape(-1)])
-        self._work = self._comm.redistribute(schedule, source, kernels={KERNEL: kernel}, async_op=True, lane=self._lane)
+        self._work = self._comm.redistribute(schedule, source, kernels={KERNEL: kernel}, async_op=True, lane=LANE)
 
     def finish(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
-        """Await it: what all got (rows, width), and this member's own rows."""
+        """Await it: what all got (rows, width), and this member's own rows; both in the memory of the result."""
         work, self._work = self._work, None
         assert work is not None
         line = work.wait().result
         assert line is not None
-        everyones, own = line[: rows * width], line[rows * width :]
-        return everyones.clone().view(rows, width), own.clone().view(-1, width)
+        return line[: rows * width].view(rows, width), line[rows * width :].view(-1, width)
 
 
 class _Start(torch.autograd.Function):
@@ -240,7 +240,7 @@ class WovenStack(nn.Module):
             raise UsageError(f"a split after {point} tokens of {length}; give 0 to {length}")
         x = _Enter.apply(x, self._comm)  # type: ignore[no-untyped-call]
         parts = [part for part in torch.split(x, [point, length - point], 1) if part.shape[1]]
-        halves = [_Half(self._comm, f"weave {number}", part) for number, part in enumerate(parts)]
+        halves = [_Half(self._comm, part) for part in parts]
         blocks = list(self._blocks())
         for half in halves:
             half.normed = _normed(half.begin(), blocks[0].attention_norm).view(batch, -1, width)
@@ -279,8 +279,8 @@ class WovenStack(nn.Module):
 class _Half:
     """Some of the tokens on their way through the stack; `normed` (B, t, width) is what the next layer gets."""
 
-    def __init__(self, comm: Members, lane: str, x: Tensor) -> None:
-        self._comm, self._lane = comm, lane
+    def __init__(self, comm: Members, x: Tensor) -> None:
+        self._comm = comm
         self._shape = x.shape
         self._x = x.reshape(-1, x.shape[2])
         start, stop = split(self._x.shape[0], comm.size)[comm.rank]
@@ -294,7 +294,7 @@ class _Half:
 
     def start(self, partial: Tensor, weight: Tensor) -> None:
         """Start to add up what the members found, to add it to the residual, and to norm that."""
-        exchange = _Exchange(self._comm, self._lane, weight)
+        exchange = _Exchange(self._comm, weight)
         rows = partial.reshape(self._x.shape)
         token: Tensor = _Start.apply(rows, self._residual, weight, exchange)  # type: ignore[no-untyped-call]
         self._under_way = exchange, token
@@ -334,49 +334,3 @@ def _fill(block: WovenBlock, shape: WovenShape, rank: int, size: int, chance: to
     block.attention_out.copy_(drawn(width, width)[:, rows])
     block.mlp_in.copy_(drawn(shape.hidden, width)[slice(*hidden)])
     block.mlp_out.copy_(drawn(width, shape.hidden)[:, slice(*hidden)])
-
-
-# --- whether it pays ---
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a layer costs a member: seconds for `tokens` tokens are `fixed + tokens * each`, for half a block.
-
-    `itemsize` are the bytes of an element.
-    """
-
-    fixed: float
-    each: float
-    itemsize: int = 4
-
-    def seconds(self, tokens: int) -> float:
-        """Of half a block: attention, or the perceptron."""
-        return self.fixed + tokens * self.each if tokens else 0.0
-
-
-def predict(shape: WovenShape, tokens: int, split_at: int, world: int, load: Load, network: Topology) -> float:
-    """Seconds of a forward pass: the halves compute in turn, and each waits for its own weave.
-
-    Transfers of the two halves take turns on the links; how long each takes is the simulator's word.
-    """
-    halves = [count for count in (split_at, tokens - split_at) if count]
-    moving = [
-        simulate(weave(world, count, shape.width), network, itemsize=load.itemsize).time if world > 1 else 0.0
-        for count in halves
-    ]
-    ready, clock, links = [0.0] * len(halves), 0.0, 0.0
-    for _ in range(2 * shape.layers):
-        for number, count in enumerate(halves):
-            clock = max(clock, ready[number]) + load.seconds(count)
-            links = ready[number] = max(clock, links) + moving[number]
-    return max(clock, links)
-
-
-def choose_split(shape: WovenShape, tokens: int, world: int, load: Load, network: Topology) -> int:
-    """Tokens of the first half that take least time by `predict`; `tokens` (no split) unless one saves LEAST_GAIN."""
-    whole = predict(shape, tokens, tokens, world, load, network)
-    points = sorted({tokens * eighths // 8 for eighths in (3, 4, 5)} - {0, tokens})
-    times = {point: predict(shape, tokens, point, world, load, network) for point in points}
-    best = min(times, key=times.__getitem__, default=tokens)
-    return best if times and times[best] < (1 - LEAST_GAIN) * whole else tokens

@@ -10,7 +10,8 @@ from collectives.communicator import Communicator
 from collectives.errors import UsageError
 from collectives.topology import Link, flat
 from collectives.verify import verify
-from parallel.overlap import Load, WovenShape, WovenStack, choose_split, predict
+from parallel.overlap import WovenShape, WovenStack
+from parallel.split_choice import Load, choose_split, predict, simulated
 from tests.harness.residents import Residents
 from tests.parallel import overlap_programs as programs
 
@@ -34,18 +35,31 @@ def test_weaves_are_proven(world: int, rows: int) -> None:
     verify(weave(world, rows, 4))
 
 
+SHAPE = WovenShape(64, 4, 64, 2)
+
+
 def test_a_chosen_split_never_loses_and_pays_where_it_should() -> None:
-    shape, gains = WovenShape(256, 4, 1024, 4), []
-    for world, tokens, fixed, each, rate in itertools.product(
-        (2, 4), (1, 2, 7, 64, 1000), (0.0, 1e-4), (1e-6, 1e-5), (1e8, 1e9)
+    """By the exact simulator, which follows every message, over lengths, links and loads that favour either."""
+    gains: list[float] = []
+    for tokens, rate, latency, each, fixed in itertools.product(
+        (1, 2, 3, 7, 64, 777, 3000), (2e6, 1e9), (1e-5, 1e-3), (1e-6, 1e-4), (0.0, 1e-3)
     ):
-        load, network = Load(fixed, each), flat(world, Link(2e-5, rate))
-        whole = predict(shape, tokens, tokens, world, load, network)
-        chosen = predict(shape, tokens, choose_split(shape, tokens, world, load, network), world, load, network)
-        assert chosen <= 1.02 * whole
-        gains.append(whole / chosen)
+        load, network = Load(fixed, each), flat(2, Link(latency, rate))
+        chosen = choose_split(SHAPE, tokens, 2, load, network)
+        assert chosen == tokens or 0 < chosen < tokens
+        times = {point: simulated(SHAPE, tokens, point, 2, load, network) for point in {chosen, tokens}}
+        assert times[chosen] <= 1.02 * times[tokens], (tokens, rate, latency, each, fixed)
+        gains.append(times[tokens] / times[chosen])
     assert max(gains) > 1.5
-    assert choose_split(shape, 2, 2, Load(1e-3, 1e-6), flat(2, Link(1e-3, 1e9))) == 2
+    assert gains.count(1.0) > len(gains) // 4, "no case in which a split would have lost"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_what_the_choice_goes_by_is_what_the_simulator_finds(world: int) -> None:
+    network = flat(world, Link(1e-4, 2e6))
+    for tokens, each, share in itertools.product((5, 500), (1e-5, 1e-4), (1, 2)):
+        case = (SHAPE, tokens, tokens // share, world, Load(1e-3, each), network)
+        assert predict(*case) == pytest.approx(simulated(*case), rel=0.03)  # uneven rows
 
 
 def test_misuse_is_refused() -> None:
