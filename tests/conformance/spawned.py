@@ -67,24 +67,28 @@ def main() -> NoReturn:
 
 def early(comm: Communicator, die: Die, new: bool = False) -> list[object]:
     """What all do from the first spawn on; returns the contributors of each all-reduce."""
-    _admit(comm, 5, new)
+    admit(comm, 5, new)
     return [_reduce(comm, 1, die), _reduce(comm, 2, die, victim=5)]
 
 
 def late(comm: Communicator, die: Die, new: bool = False) -> list[object]:
     """What all do from the second spawn on."""
-    _admit(comm, 6, new)
+    admit(comm, 6, new)
     return [_reduce(comm, 3, die)]
 
 
 def _spawn(comm: Communicator, peer: Peer, count: int, *arguments: str) -> None:
     """The first member does it."""
-    if comm.member_id != 1:
-        return
+    if comm.member_id == 1:
+        spawn(comm, peer, count, __name__, *arguments)
+
+
+def spawn(comm: Communicator, peer: Peer, count: int, module: str, *arguments: str) -> None:
+    """Spawn ranks that run a module, and join the run."""
     setting = peer.setting
     environ = {"RINGHOLD_COORDINATOR": setting["address"], "RINGHOLD_TOKEN": setting["token"], "OMP_NUM_THREADS": "1"}
     environ["RINGHOLD_RUN"] = setting["run"]
-    comm.spawn([sys.executable, "-m", "tests.conformance.spawned", *arguments], count, environ)
+    comm.spawn([sys.executable, "-m", module, *arguments], count, environ)
 
 
 def _reduce(comm: Communicator, number: int, die: Die, victim: int = 0) -> list[int]:
@@ -97,7 +101,7 @@ def _reduce(comm: Communicator, number: int, die: Die, victim: int = 0) -> list[
     return list(outcome.contributors)
 
 
-def _admit(comm: Communicator, last: int, new: bool) -> None:
+def admit(comm: Communicator, last: int, new: bool) -> None:
     """Stand at safe points until that member is here; they may come one at a time."""
     deadline, changed = time.monotonic() + PATIENCE, new
     while changed or max(comm.members) < last:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import mpi_jobs, operations, spawned
+from tests.conformance import kept_back, mpi_jobs, operations, spawned
 from tests.conformance.losses import mortal
 from tests.conformance.test_r6_losses import judge
 from tests.conformance.test_r11_silences import stop_and_wake
@@ -108,6 +108,11 @@ def test_ranks_that_are_spawned_join_and_die_as_others_do() -> None:
         endings = [process.ending() for process in cluster.peers(spawned.founder, 3)]
     survivor = [ending.value for ending in endings if not ending.signal]
     assert survivor == [[[1, 2], [1, 2, 4, 5], [1, 2, 4], [1, 4, 6], True, [1, 4, 6]]], endings
+
+
+def test_what_mpi_keeps_back_is_sent_while_the_sender_waits_for_a_note() -> None:
+    with OPEN_MPI(founders=1) as cluster:
+        assert cluster.run(kept_back.founder, 1) == ["all came"]
 
 
 def test_long_messages_go_in_pieces() -> None:
