@@ -6,8 +6,10 @@ far as somebody needs them: of zigzag, half of the rows go all the way and half 
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 from collectives.errors import UsageError
+from collectives.region import split
 from parallel.attention.layout import Problem, heads_of, row_bytes
 from parallel.attention.shares import Share
 
@@ -47,19 +49,110 @@ def total_bytes(problem: Problem, balance: str, backward: bool = False) -> int:
     return (q + out) * _moved(problem.queries, q_hops) + (kv + back) * _moved(problem.keys, kv_hops)
 
 
-def rank_bytes(problem: Problem, rank: int, backward: bool = False) -> int:
-    """Bytes that a rank sends in a ring or TokenRing without a mask, whose pieces all go one way.
+class RankBytes(NamedTuple):
+    """Bytes of one rank, by direction."""
+
+    sent: int
+    received: int
+
+    def __add__(self, other: tuple[object, ...]) -> "RankBytes":
+        """Both together."""
+        return RankBytes(*(int(a) + int(b) for a, b in zip(self, cast(RankBytes, other), strict=True)))
+
+
+def rank_bytes(problem: Problem, rank: int, backward: bool = False) -> RankBytes:
+    """Bytes that a rank sends and receives where no mask spares any; of any lengths.
 
     Raises:
-        UsageError: another scheme, or a causal mask.
+        UsageError: a causal mask, of which only the total is known: see `total_bytes`.
 
     """
-    if problem.scheme not in ("ring", "token_ring") or problem.causal:
-        raise UsageError("rank_bytes knows ring and token_ring without a mask; see total_bytes")
+    if problem.causal:
+        raise UsageError("rank_bytes knows problems without a mask; see total_bytes")
+    if problem.scheme == "tree":
+        return _in_tree(problem, rank, backward)
+    if problem.head_ranks > 1:
+        return _of_heads(problem, rank, backward) + _of_groups(problem, rank, backward)
     q, out, kv, back = (row_bytes(problem, backward, side) for side in ("q", "out q", "kv", "out kv"))
-    moved, found, shares = (kv, back, problem.keys) if problem.scheme == "ring" else (q, out, problem.queries)
-    rows, ahead = sum(share.rows for share in shares), shares[(rank + 1) % problem.world].rows
-    return moved * (rows - ahead) + found * (rows - shares[rank].rows)
+    queries, keys = ([share.rows for share in shares] for shares in (problem.queries, problem.keys))
+    if problem.scheme == "token_ring_relay":
+        return _relayed(problem, rank, q, out)
+    if problem.scheme == "bidirectional":
+        return _both_ways(problem, rank, kv) + _home(keys, rank, back)
+    width = {"token_ring": problem.world, "hybrid": problem.columns}.get(problem.scheme, 1)
+    row, column = divmod(rank, width)
+    within, across = queries[row * width : (row + 1) * width], keys[column::width]
+    return _round(within, column, q) + _home(within, column, out) + _round(across, row, kv) + _home(across, row, back)
+
+
+def _round(rows: Sequence[int], place: int, size: int) -> RankBytes:
+    """A ring in which everybody's rows visit all others: all is passed on but what the next one owns."""
+    total = sum(rows)
+    return RankBytes(size * (total - rows[(place + 1) % len(rows)]), size * (total - rows[place]))
+
+
+def _home(rows: Sequence[int], place: int, size: int) -> RankBytes:
+    """Everybody sends each owner what he found for his rows."""
+    return RankBytes(size * (sum(rows) - rows[place]), size * (len(rows) - 1) * rows[place])
+
+
+def _halves(shares: Sequence[Share], parts: int) -> tuple[list[int], list[int]]:
+    """Of each owner the rows that go ahead, and those that go back; pieces take turns."""
+    cuts = [split(share.rows, parts + parts % 2) for share in shares]
+    ahead, back = ([sum(stop - start for start, stop in cut[odd::2]) for cut in cuts] for odd in (0, 1))
+    return ahead, back
+
+
+def _both_ways(problem: Problem, rank: int, size: int) -> RankBytes:
+    """Two rings of halves of the keys, of which one turns the other way."""
+    ahead, back = _halves(problem.keys, problem.parts)
+    return _round(ahead, rank, size) + _round(back[::-1], problem.world - 1 - rank, size)
+
+
+def _relayed(problem: Problem, rank: int, q: int, out: int) -> RankBytes:
+    """Queries go round both ways; each other rank passes on what was found for a piece, the last of them home."""
+    found = RankBytes(0, 0)
+    for way, rows in enumerate(_halves(problem.queries, problem.parts)):
+        line, place = (rows[::-1], problem.world - 1 - rank) if way else (rows, rank)
+        total = sum(line)
+        results = RankBytes(out * (total - line[place]), out * (total - line[place - 1])) if len(line) > 1 else found
+        found += _round(line, place, q) + results
+    return found
+
+
+def _of_heads(problem: Problem, rank: int, backward: bool) -> RankBytes:
+    """Rows to those of the group who compute with the heads, and results back."""
+    share = problem.head_ranks
+    group = range(rank // share * share, (rank // share + 1) * share)
+    sent = received = 0
+    for there, back, shares in (("q", "out q", problem.queries), ("kv", "out kv", problem.keys)):
+        for other in group:
+            if other != rank:
+                mine, theirs = (heads_of(problem, owner) for owner in (rank, other))
+                away, here = shares[rank].rows, shares[other].rows
+                sent += away * row_bytes(problem, backward, there, theirs)
+                sent += here * row_bytes(problem, backward, back, mine)
+                received += here * row_bytes(problem, backward, there, mine)
+                received += away * row_bytes(problem, backward, back, theirs)
+    return RankBytes(sent, received)
+
+
+def _of_groups(problem: Problem, rank: int, backward: bool) -> RankBytes:
+    """The ring of groups: keys of a whole group, with this rank's heads, go round."""
+    share, heads = problem.head_ranks, heads_of(problem, rank)
+    rows = [sum(one.rows for one in problem.keys[start : start + share]) for start in range(0, problem.world, share)]
+    kv, back = (row_bytes(problem, backward, side, heads) for side in ("kv", "out kv"))
+    return _round(rows, rank // share, kv) + _home(rows, rank // share, back)
+
+
+def _in_tree(problem: Problem, rank: int, backward: bool) -> RankBytes:
+    """The result of all queries, to the parent and back, and the same with each child."""
+    size = row_bytes(problem, backward, "out q") * problem.queries[0].rows
+    levels = (problem.world - 1).bit_length()
+    level = (rank & -rank).bit_length() - 1 if rank else levels
+    children = sum(rank + (1 << at) < problem.world for at in range(level))
+    links = children + (rank > 0)
+    return RankBytes(size * links, size * links)
 
 
 def _by_heads(problem: Problem, balance: str, backward: bool) -> int:
