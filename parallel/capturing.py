@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensorDeviceMismatchError,
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -107,13 +108,14 @@ def capture(loss_fn: LossFunction, model: nn.Module, optimizer: Optimizer, examp
         CaptureError: the code looks at values, makes shapes of them, or does what cannot be traced; the message says
             what and at which line.
         Unsupported: the optimizer or one of its options is not known.
-        UsageError: the loss is no scalar, or no parameter has a gradient.
+        UsageError: the loss is no scalar, no parameter has a gradient, or an argument is something else.
 
     """
+    _check(loss_fn, model, optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kept = update.slots(optimizer, names)
     leaves, spec = pytree.tree_flatten(example)
-    fakes = FakeTensorMode(allow_non_fake_inputs=False)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that the code holds beside the model's: constants
     sources = [
         *(Source(Role.PARAMETER, name, _fake(fakes, tensor)) for name, tensor in model.named_parameters()),
         *(Source(Role.BUFFER, name, _fake(fakes, tensor)) for name, tensor in model.named_buffers()),
@@ -129,13 +131,33 @@ def capture(loss_fn: LossFunction, model: nn.Module, optimizer: Optimizer, examp
     return Step(lower(captured, optimizer, kept), spec)
 
 
+def _check(loss_fn: object, model: object, optimizer: object) -> None:
+    """Raise `UsageError` if arguments are mixed up, before torch says so in its own words."""
+    kinds = {"loss_fn": loss_fn, "model": model, "optimizer": optimizer}
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer) or not callable(loss_fn):
+        given = ", ".join(f"{name} a {type(what).__name__}" for name, what in kinds.items())
+        raise UsageError(
+            f"a step is captured of a loss function of model and batch, the model (a Module), its optimizer and a "
+            f"batch, in this order; here is {given}"
+        )
+    if isinstance(loss_fn, nn.modules.loss._Loss):
+        raise UsageError(
+            f"loss_fn is called with the model and a batch, which {type(loss_fn).__name__} is not made for; write a "
+            f"function such as `lambda model, batch: loss(model(batch[0]), batch[1])`"
+        )
+
+
 def _batch_names(batch: Any) -> list[str]:
-    """`batch`, `batch.0`, `batch.tokens`: by the way to each leaf. UsageError: a leaf is no tensor."""
+    """`batch`, `batch.0`, `batch.tokens`: by the way to each leaf. UsageError: a leaf is no tensor, or an empty one."""
     names = []
     for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
         name = ".".join(["batch", *(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)])
         if not isinstance(leaf, Tensor):
             raise UsageError(f"{name} is a {type(leaf).__name__}; a batch consists of tensors: put others into loss_fn")
+        if not leaf.numel():
+            raise UsageError(
+                f"{name} of shape {list(leaf.shape)} has no elements; give a batch of the size to plan for"
+            )
         names.append(name)
     return names
 
@@ -156,14 +178,24 @@ class _Bound(nn.Module):
         super().__init__()
         self.loss_fn, self.model, self.watch = loss_fn, model, watch
 
-    def forward(self, batch: Any, moved: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def forward(self, batch: Any, moved: list[Tensor]) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
         with self.watch.forward(self.model):
             loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UsageError(f"loss_fn must return a scalar that depends on the optimizer's parameters, not {what}")
+            raise UsageError(
+                f"loss_fn must return a scalar that depends on the optimizer's parameters, not {_described(loss)}"
+            )
         with self.watch.backward(loss):
-            return loss, list(torch.autograd.grad(loss, moved, allow_unused=True))
+            gradients: list[Tensor | None] = list(torch.autograd.grad(loss, moved, allow_unused=True))
+        return loss, gradients, dict(self.model.named_buffers())
+
+
+def _described(loss: object) -> str:
+    if not isinstance(loss, Tensor):
+        return type(loss).__name__
+    if loss.dim():
+        return f"shape {tuple(loss.shape)}"
+    return "a scalar that no gradient flows through (detached, of no_grad, or backward was called on it)"
 
 
 @dataclass(frozen=True)
@@ -175,8 +207,13 @@ class _Program:
     sources: list[Source]
     spec: pytree.TreeSpec
 
-    def run(self, watch: Watch, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        """Loss, and a gradient (or None) for each tensor that requires one."""
+    @property
+    def buffers(self) -> list[str]:
+        """Names of the buffers."""
+        return [source.name for source in self.sources if source.role == Role.BUFFER]
+
+    def run(self, watch: Watch, tensors: list[Tensor]) -> list[Tensor | None]:
+        """Loss, a gradient (or None) for each tensor that requires one, the buffers as they are then."""
         lent = {
             f"model.{source.name}": tensor
             for source, tensor in zip(self.sources, tensors, strict=True)
@@ -184,9 +221,9 @@ class _Program:
         }
         batch = pytree.tree_unflatten(tensors[len(lent) :], self.spec)
         moved = [tensor for tensor in tensors if tensor.requires_grad]
-        result: tuple[Tensor, list[Tensor | None]]
-        result = functional_call(_Bound(self.loss_fn, self.model, watch), lent, (batch, moved))
-        return result
+        bound = _Bound(self.loss_fn, self.model, watch)
+        loss, gradients, held = functional_call(bound, lent, (batch, moved))
+        return [loss, *gradients, *(held.get(name, lent[f"model.{name}"]) for name in self.buffers)]
 
 
 def _trace(program: _Program, fakes: FakeTensorMode) -> Captured:
@@ -195,7 +232,6 @@ def _trace(program: _Program, fakes: FakeTensorMode) -> Captured:
     That mode turns writing into making, and takes twice the time.
     """
     tensors = [source.tensor for source in program.sources]
-    buffers = [at for at, source in enumerate(program.sources) if source.role == Role.BUFFER]
     watch = Watch()
 
     def plain(*tensors: Tensor) -> Any:
@@ -203,17 +239,31 @@ def _trace(program: _Program, fakes: FakeTensorMode) -> Captured:
 
     def functional(*tensors: Tensor) -> Any:
         with FunctionalTensorMode():
-            wrapped = [_wrapped(tensor) for tensor in tensors]
-            loss, gradients = program.run(watch, wrapped)
-            return [None if t is None else from_fun(t) for t in (loss, *gradients, *(wrapped[at] for at in buffers))]
+            results = program.run(watch, [_wrapped(tensor) for tensor in tensors])
+            return [None if tensor is None else from_fun(tensor) for tensor in results]
 
     with fakes, _explained():
         traced = make_fx(plain, decomposition_table=TABLE, tracing_mode="real")(*tensors)
-        if not any(_writes(node) for node in traced.graph.nodes):
-            return Captured(program.sources, traced, watch)
-        watch = Watch()
-        traced = make_fx(functional, decomposition_table=TABLE, tracing_mode="real")(*tensors)
-    return Captured(program.sources, traced, watch, [program.sources[at].name for at in buffers])
+        writing = [node for node in traced.graph.nodes if _writes(node)]
+        for node in writing:
+            _refuse_if_lost(node)
+        if writing:
+            watch = Watch()
+            traced = make_fx(functional, decomposition_table=TABLE, tracing_mode="real")(*tensors)
+    return Captured(program.sources, traced, watch, program.buffers)
+
+
+def _refuse_if_lost(node: fx.Node) -> None:
+    """Refuse to write into a tensor that the model holds beside its parameters and buffers: it would stay as it is."""
+    into = node.args[0]
+    while isinstance(into, fx.Node) and isinstance(into.target, OpOverload) and into.target.is_view:
+        into = into.args[0]
+    if isinstance(into, fx.Node) and into.op == "get_attr":
+        shape = list(node.meta["val"].shape)
+        raise CaptureError(
+            f"{node.target} writes into a tensor of shape {shape} that is neither a parameter nor a buffer of the "
+            f"model; make it a buffer (register_buffer), so that the step gives its new value"
+        )
 
 
 def _wrapped(tensor: Tensor) -> Tensor:
@@ -244,6 +294,11 @@ def _explained() -> Iterator[None]:
             f"{_where(error)}: {error.func} gives a shape that depends on data; use shapes that are known before, "
             f"such as a mask or a fixed capacity"
         ) from error
+    except FakeTensorDeviceMismatchError as error:
+        raise CaptureError(
+            f"{_where(error)}: a tensor that the code holds beside parameters, buffers and batch is on another device; "
+            f"make it a buffer (register_buffer), or build it on the CPU ({_first_line(error)})"
+        ) from error
     except RingholdError:
         raise
     except Exception as error:  # whatever the user's code raises on tensors without values
@@ -257,8 +312,12 @@ def _first_line(error: BaseException) -> str:
 
 def _where(error: BaseException) -> str:
     """File and line of the innermost code that is neither torch's nor ours."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent / "capture.py"), "<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    ours, here = (str(Path(torch.__file__).parent), "<"), Path(__file__).parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(ours) and Path(frame.filename).parent != here
+    ]
     if not frames:
         return "the step"
     return f"{frames[-1].filename}:{frames[-1].lineno} (in {frames[-1].name})"

@@ -59,10 +59,12 @@ def _vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """The Euclidean length; other norms stay whole."""
+    """Lengths of orders 1 and 2; other norms stay whole."""
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    if order == 1:
+        return aten.sum.dim_IntList(aten.abs.default(x), dims, keepdim, dtype=dtype)
     if order != 2:
         return NotImplemented
-    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
     return aten.sqrt.default(aten.sum.dim_IntList(aten.mul.Tensor(x, x), dims, keepdim, dtype=dtype))
 
 
@@ -141,6 +143,25 @@ TABLE: dict[Any, Any] = {
         [
             aten.nll_loss_forward,
             aten.nll_loss_backward,
+            aten.nll_loss2d_forward,
+            aten.nll_loss2d_backward,
+            aten.binary_cross_entropy,
+            aten.binary_cross_entropy_backward,
+            aten.huber_loss,
+            aten.huber_loss_backward,
+            aten.soft_margin_loss,
+            aten.soft_margin_loss_backward,
+            aten.glu,
+            aten.glu_backward,
+            aten.mish_backward,
+            aten._prelu_kernel,
+            aten._prelu_kernel_backward,
+            aten.pixel_shuffle,
+            aten.pixel_unshuffle,
+            aten.std_mean,
+            aten.addmv,
+            aten.fill,
+            aten.norm,
             aten._log_softmax,
             aten._log_softmax_backward_data,
             aten.mse_loss,

@@ -195,6 +195,37 @@ def _stack(writer: Writer, fake: Tensor, parts: Sequence[Value], dim: int = 0) -
     return _cat(writer, fake, [writer.view(part, shape) for part in parts], dim)
 
 
+@_form("slice_scatter.default")
+def _slice_scatter(
+    writer: Writer,
+    fake: Tensor,
+    x: Value,
+    source: Value,
+    dim: int = 0,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int = 1,
+) -> Value:
+    """`x[start:stop] = source`: what is in front, what is written, what is behind, joined."""
+    dim %= len(x.shape)
+    size = x.shape[dim]
+    start, stop, step = slice(start, stop, step).indices(size)
+    if step != 1:
+        return writer.op("aten.slice_scatter.default", _made(fake), x, source, dim, start, stop, step)
+    stop = max(start, stop)
+    pieces = (writer.slice(x, dim, 0, start), source, writer.slice(x, dim, stop, size))
+    return _cat(writer, fake, [piece for piece in pieces if piece.shape[dim]], dim)
+
+
+@_form("select_scatter.default")
+def _select_scatter(writer: Writer, fake: Tensor, x: Value, source: Value, dim: int, index: int) -> Value:
+    """`x[index] = source`."""
+    dim %= len(x.shape)
+    index %= x.shape[dim]
+    row = writer.view(source, (*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    return _slice_scatter(writer, fake, x, row, dim, index, index + 1)
+
+
 def _filled(value: float) -> Callable[..., Value]:
     def fill(writer: Writer, fake: Tensor, *_like: Any, **_dtype: Any) -> Value:
         return writer.op(FULL, _made(fake), tuple(fake.shape), value, dtype=fake.dtype)
@@ -216,12 +247,13 @@ def _sum(
     writer: Writer, fake: Tensor, x: Value, dims: Sequence[int] | None, keep: bool = False, *, dtype: Any = None
 ) -> Value:
     over = tuple(sorted(d % len(x.shape) for d in dims or range(len(x.shape)))) if x.shape else ()
-    if not over:
-        return x
-    kept = tuple(size for d, size in enumerate(x.shape) if d not in over)
     kwargs = {} if x.dtype == fake.dtype else {"dtype": fake.dtype}
+    if all(x.shape[d] == 1 for d in over):
+        return writer.view(_to_copy(writer, fake, x, dtype=fake.dtype), fake.shape)
     if apart := writer.flattened(x, over):  # sum over what the dimensions were before
-        total = writer.op(SUM, (kept, fake.dtype), *apart, False, **kwargs)
+        source, dims = apart
+        kept = tuple(size for d, size in enumerate(source.shape) if d not in dims)
+        total = writer.op(SUM, (kept, fake.dtype), source, dims, False, **kwargs)
         return writer.view(total, fake.shape)
     return writer.op(SUM, _made(fake), x, over, keep, **kwargs)
 
@@ -250,6 +282,18 @@ def _convolution_backward(
     return list(found)
 
 
+@_form("native_layer_norm.default")
+def _layer_norm(
+    writer: Writer, fakes: Sequence[Tensor], x: Value, shape: Any, gain: Value | None, bias: Value | None, eps: float
+) -> list[Value]:
+    """With half-precision input and gain or bias in fp32, torch's CPU kernel gives means and deviations in fp32; the
+    fake one does not know."""
+    kept = next((part.dtype for part in (gain, bias) if part is not None), x.dtype)
+    known = [fakes[0], *(fake.to(kept) for fake in fakes[1:])]
+    made: list[Value] = writer.like("aten.native_layer_norm.default", known, (x, tuple(shape), gain, bias, eps), {})
+    return made
+
+
 @_form("pow.Tensor_Scalar")
 def _pow(writer: Writer, fake: Tensor, x: Value, exponent: float) -> Value:
     if exponent == 1:
@@ -261,7 +305,7 @@ def _pow(writer: Writer, fake: Tensor, x: Value, exponent: float) -> Value:
 def _to_copy(writer: Writer, fake: Tensor, x: Value, *, dtype: torch.dtype | None = None) -> Value:
     if dtype in {None, x.dtype}:
         return x
-    return writer.op("aten._to_copy.default", _made(fake), x, dtype=fake.dtype)
+    return writer.op("aten._to_copy.default", (x.shape, fake.dtype), x, dtype=fake.dtype)
 
 
 @_form("copy.default")

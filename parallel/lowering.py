@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from collectives.errors import CaptureError
 from parallel import update
+from parallel.anchoring import anchor
 from parallel.forms import FORMS
 from parallel.graph import Graph, Input, Node, Output, Role, Value
 from parallel.merging import merge
@@ -35,25 +36,28 @@ class Captured:
     """A trace of forward and backward.
 
     It takes the tensors of `sources`, gives the loss and a gradient (or None) for each of them that requires one, then
-    the new values of `changed` buffers. `watch` knows which module each node belongs to.
+    the `buffers`, by name, as they are at its end. `watch` knows which module each node belongs to.
     """
 
     sources: Sequence[Source]
     traced: fx.GraphModule
     watch: Watch
-    changed: Sequence[str] = ()
+    buffers: Sequence[str]
 
 
 def lower(captured: Captured, optimizer: Optimizer, kept: Mapping[str, update.Slots]) -> Graph:
     """Write the trace as a graph, and the optimizer's update behind it."""
     lowering = _Lowering(captured)
     loss, *results = lowering.run()
-    nodes, now = merge(_living(lowering.writer.nodes, [value for value in (loss, *results) if value is not None]))
-    loss, *results = (value and now.get(value.name, value) for value in (loss, *results))
+    nodes = _living(lowering.writer.nodes, [value for value in (loss, *results) if value is not None])
+    for rewritten in (merge, anchor):
+        nodes, now = rewritten(nodes)
+        loss, *results = (value and now.get(value.name, value) for value in (loss, *results))
     assert loss is not None
     moved = [source.name for source in captured.sources if source.tensor.requires_grad]
     gradients = {name: value for name, value in zip(moved, results, strict=False) if value is not None}
     parameters = {source.name: source.value for source in lowering.inputs if source.role == Role.PARAMETER}
+    given = {source.name: source.value for source in lowering.inputs if source.role == Role.BUFFER}
     writer = update.write(optimizer, kept, parameters, gradients)
     outputs = [
         Output(loss, Role.LOSS, "loss"),
@@ -61,8 +65,8 @@ def lower(captured: Captured, optimizer: Optimizer, kept: Mapping[str, update.Sl
         *writer.outputs,
         *(
             Output(value, Role.BUFFER, name)
-            for name, value in zip(captured.changed, results[len(moved) :], strict=True)
-            if value is not None
+            for name, value in zip(captured.buffers, results[len(moved) :], strict=True)
+            if value is not None and value != given[name]
         ),
     ]
     nodes = _living([*nodes, *writer.nodes], [output.value for output in outputs])
@@ -122,13 +126,15 @@ class _Lowering:
         name = target.strip("_")
         if name in self.constants:
             return next(source.value for source in self.inputs if source.name == name)
-        self.constants[name] = tensor
+        self.constants[name] = tensor.detach()
         return self._input(Role.CONSTANT, name, tensor)
 
     def _node(self, node: fx.Node) -> Any:
         args = [self._argument(node, arg) for arg in node.args]
         kwargs = {name: self._argument(node, arg) for name, arg in node.kwargs.items() if name not in _DROPPED}
-        fake = node.meta["val"]
+        fake = node.meta.get("val")
+        if fake is None:  # it only checks what it is given
+            return None
         form = FORMS.get(str(node.target))
         return (
             form(self.writer, fake, *args, **kwargs) if form else self.writer.like(str(node.target), fake, args, kwargs)

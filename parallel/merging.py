@@ -58,7 +58,7 @@ class _Merging:
         agreed = self._agreed(node, terms, result)
         fresh = iter(sorted(set(string.ascii_lowercase) - set(equation)))
         letters = {
-            letter: "".join(next(fresh) for _ in sizes) if len(sizes) > 1 else letter
+            letter: letter if len(sizes) == 1 else "".join(next(fresh) for _ in sizes)
             for letter, sizes in agreed.items()
         }
         operands = []

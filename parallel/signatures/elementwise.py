@@ -32,6 +32,9 @@ LINEAR: dict[str, tuple[str, ...]] = {
     "elu_backward.default": ("p.",),
     "hardswish_backward.default": ("p.",),
     "softplus_backward.default": ("p.",),
+    "hardsigmoid_backward.default": ("p.",),
+    "softshrink_backward.default": ("p.",),
+    "logit_backward.default": ("p.",),
     "native_dropout_backward.default": ("p.",),
     "lerp.Tensor": ("pp.",),
     "masked_fill.Tensor": ("p.p",),
@@ -48,16 +51,19 @@ INCREASING = (
 largest may be negative, and the largest of NaN and a number is NaN."""
 
 OTHERS = (
-    "abs.default", "bitwise_and.Tensor", "bitwise_and.Scalar", "bitwise_not.default", "bitwise_or.Tensor",
-    "cos.default", "elu.default", "eq.Scalar", "eq.Tensor", "erfc.default", "floor_divide.default", "fmod.Scalar",
-    "ge.Scalar", "ge.Tensor", "gelu.default", "gt.Scalar", "gt.Tensor", "hardswish.default", "isinf.default",
-    "isnan.default", "le.Scalar", "le.Tensor", "log.default", "log1p.default", "log2.default", "logaddexp.default",
+    "_conj.default", "abs.default", "acos.default", "asin.default", "atan.default", "atan2.default",
+    "bitwise_and.Scalar", "bitwise_and.Tensor", "bitwise_not.default", "bitwise_or.Tensor", "clamp.Tensor",
+    "clamp_min.Tensor", "complex.default", "cos.default", "cosh.default", "div.Tensor_mode", "elu.default",
+    "eq.Scalar", "eq.Tensor", "erfc.default", "erfinv.default", "floor_divide.default", "fmod.Scalar", "frac.default",
+    "ge.Scalar", "ge.Tensor", "gelu.default", "gt.Scalar", "gt.Tensor", "hardshrink.default", "hardsigmoid.default",
+    "hardswish.default", "hypot.default", "isinf.default", "isnan.default", "le.Scalar", "le.Tensor",
+    "lgamma.default", "log.default", "log10.default", "log1p.default", "log2.default", "logaddexp.default",
     "logical_and.default", "logical_not.default", "logical_or.default", "lt.Scalar", "lt.Tensor",
-    "masked_fill.Scalar", "maximum.default", "minimum.default", "mish.default", "ne.Scalar", "ne.Tensor",
-    "pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal.default", "remainder.Scalar",
-    "remainder.Tensor", "rsqrt.default", "rsub.Scalar", "silu.default", "sin.default", "sqrt.default",
-    "square.default", "tan.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "xlogy.Tensor",
-    "div.Tensor_mode",
+    "masked_fill.Scalar", "maximum.default", "minimum.default", "mish.default", "nan_to_num.default", "ne.Scalar",
+    "ne.Tensor", "polar.default", "pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal.default",
+    "remainder.Scalar", "remainder.Tensor", "rsqrt.default", "rsub.Scalar", "silu.default", "sin.default",
+    "sinh.default", "softshrink.default", "sqrt.default", "square.default", "tan.default", "threshold.default",
+    "where.Scalar", "where.ScalarOther", "where.ScalarSelf", "xlogy.Tensor",
 )  # fmt: skip
 
 

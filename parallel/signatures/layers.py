@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from parallel.graph import Node
 from parallel.layout import Placement
 from parallel.signatures.signature import Signature
-from parallel.signatures.table import P, Run, Shards, enter, in_step, linear, may_split, moved, splittable
+from parallel.signatures.table import P, Run, Shards, enter, in_step, linear, may_split, moved, sized, splittable
 
 
 def _normalized(node: Node) -> int:
@@ -123,7 +123,7 @@ def _convolution_backward(node: Node, parts: int) -> Iterator[Signature]:
 
 def _pool(node: Node, parts: int) -> Iterator[Signature]:
     """Batch and channels. Averages are linear, and so are all gradients."""
-    yield from in_step(node, parts, range(len(node.inputs[0].shape) - 2))
+    yield from in_step(node, parts, range(len(node.inputs[0].shape) - (3 if "3d" in node.op else 2)))
     if "avg" in node.op:
         yield from linear(node, "p", "p.")
         if "backward" in node.op:
@@ -132,12 +132,24 @@ def _pool(node: Node, parts: int) -> Iterator[Signature]:
         yield from linear(node, "p..")
 
 
+def _resample(node: Node, parts: int) -> Iterator[Signature]:
+    """Batch and channels; between the elements all is linear."""
+    yield from in_step(node, parts, range(2))
+    yield from linear(node, "p")
+
+
+def _resampled(node: Node, shards: Shards) -> Run:
+    """The gradient, with the shard's shape for that of the input."""
+    return sized(2)(node, shards) if "backward" in node.op else node.call
+
+
 enter("norms", ["native_layer_norm.default"], _layer_norm)
 enter("norms", ["native_layer_norm_backward.default"], _layer_norm_backward, _dense)
 enter(
     "softmax",
     [
         "_softmax.default",
+        "_safe_softmax.default",
         "_softmax_backward_data.default",
         "_log_softmax.default",
         "_log_softmax_backward_data.default",
@@ -163,6 +175,20 @@ enter(
         "avg_pool2d_backward.default",
         "_adaptive_avg_pool2d.default",
         "_adaptive_avg_pool2d_backward.default",
+        "avg_pool3d.default",
+        "avg_pool3d_backward.default",
+        "max_pool3d_with_indices.default",
+        "max_pool3d_with_indices_backward.default",
     ],
     _pool,
+)
+enter(
+    "pooling",
+    [
+        f"upsample_{kind}{end}.default"
+        for kind in ("nearest1d", "nearest2d", "linear1d", "bilinear2d", "bicubic2d")
+        for end in ("", "_backward")
+    ],
+    _resample,
+    _resampled,
 )

@@ -24,6 +24,7 @@ def signatures(node: Node, parts: int) -> tuple[Signature, ...]:
 
     A dimension is split only if each rank gets some of it, in parts that may be uneven where this is exact. An
     operation that is not in the table has the first signature alone, and `UnknownOperation` warns of it by name.
+    Complex values are never partial.
     """
     return _signatures(node, parts, TABLE.get(node.op))
 
@@ -39,7 +40,13 @@ def _signatures(node: Node, parts: int, entry: Entry | None) -> tuple[Signature,
             stacklevel=3,
         )
         return (whole(node),)
-    return tuple(dict.fromkeys((whole(node), *entry.rule(node, parts))))
+    return tuple(dict.fromkeys((whole(node), *(one for one in entry.rule(node, parts) if not _of_complex(node, one)))))
+
+
+def _of_complex(node: Node, one: Signature) -> bool:
+    """Whether complex numbers would be partial: they have no largest, and collectives do not add them up."""
+    placed = zip((*node.inputs, *node.outputs), (*one.inputs, *one.outputs), strict=True)
+    return any(value.dtype.is_complex and isinstance(placement, Partial) for value, placement in placed)
 
 
 def together(node: Node, chosen: Sequence[Signature], sizes: Sequence[int]) -> bool:

@@ -18,12 +18,23 @@ REDUCED: dict[str, Partial | None] = {
     "argmin.default": None,
     "max.dim": None,
     "min.dim": None,
+    "median.dim": None,
     "any.dim": None,
     "all.dim": None,
 }
 """What a reduction over a split dimension leaves: values that combine in this way, or nothing of use."""
 
-SCANNED = ("cumsum.default", "cumprod.default", "topk.default", "sort.default", "sort.stable", "flip.default")
+SCANNED = (
+    "cumsum.default",
+    "cumprod.default",
+    "topk.default",
+    "sort.default",
+    "sort.stable",
+    "flip.default",
+    "cummax.default",
+    "cummin.default",
+    "logcumsumexp.default",
+)
 """Keep all dimensions; along the one (or those) of their argument each element depends on others."""
 
 

@@ -17,19 +17,24 @@ from parallel.graph import Argument, Node, Value, operation
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A tensor to draw: normal values, or positive ones, integers below `high`, or truth values."""
+    """A tensor to draw: normal values, or positive ones, those between 0 and 1, complex ones, integers below `high`, or
+    truth values."""
 
     shape: tuple[int, ...]
     kind: str = "normal"
     high: int = 0
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Draw it: fp64, int64 or bool."""
+        """Draw it: fp64, complex128, int64 or bool."""
         if self.kind == "ids":
             return torch.randint(self.high, self.shape, generator=generator)
         values = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         if self.kind == "bool":
             return values > 0
+        if self.kind == "complex":
+            return torch.complex(values, values.flip(0) + 1)
+        if self.kind == "part":
+            return values.sigmoid()
         return values.abs() + 0.5 if self.kind == "positive" else values
 
 
@@ -41,6 +46,16 @@ def f(*shape: int) -> Drawn:
 def pos(*shape: int) -> Drawn:
     """Floats from 0.5 up."""
     return Drawn(shape, "positive")
+
+
+def part(*shape: int) -> Drawn:
+    """Floats between 0 and 1."""
+    return Drawn(shape, "part")
+
+
+def z(*shape: int) -> Drawn:
+    """Complex numbers."""
+    return Drawn(shape, "complex")
 
 
 def ids(high: int, *shape: int) -> Drawn:
@@ -100,16 +115,21 @@ SHAPE = (5, 1, 4)
 """Of elementwise operations: uneven, too small, even."""
 
 UNARY = (
-    "abs.default", "ceil.default", "cos.default", "elu.default", "erf.default", "erfc.default", "exp.default",
-    "exp2.default", "expm1.default", "floor.default", "gelu.default", "hardswish.default", "hardtanh.default",
-    "leaky_relu.default", "mish.default", "neg.default",
-    "relu.default", "round.default", "sgn.default", "sigmoid.default", "sign.default", "silu.default", "sin.default",
-    "softplus.default", "square.default", "tan.default", "tanh.default", "trunc.default",
+    "abs.default", "alias.default", "atan.default", "ceil.default", "cos.default", "cosh.default", "elu.default",
+    "erf.default", "erfc.default", "exp.default", "exp2.default", "expm1.default", "floor.default", "frac.default",
+    "gelu.default", "hardshrink.default", "hardsigmoid.default", "hardswish.default", "hardtanh.default",
+    "leaky_relu.default", "mish.default", "nan_to_num.default", "neg.default", "relu.default", "round.default",
+    "sgn.default", "sigmoid.default", "sign.default", "silu.default", "sin.default", "sinh.default",
+    "softplus.default", "softshrink.default", "square.default", "tan.default", "tanh.default", "trunc.default",
 )  # fmt: skip
-POSITIVE = ("log.default", "log1p.default", "log2.default", "reciprocal.default", "rsqrt.default", "sqrt.default")
+POSITIVE = (
+    "lgamma.default", "log.default", "log10.default", "log1p.default", "log2.default", "reciprocal.default",
+    "rsqrt.default", "sqrt.default",
+)  # fmt: skip
 BINARY = (
     "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum.default", "minimum.default",
-    "logaddexp.default", "remainder.Tensor", "floor_divide.default",
+    "logaddexp.default", "remainder.Tensor", "floor_divide.default", "atan2.default", "hypot.default", "clamp.Tensor",
+    "clamp_min.Tensor",
 )  # fmt: skip
 COMPARED = (
     "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor", "eq.Scalar", "ne.Scalar",
@@ -122,6 +142,7 @@ SCALAR = (
 )  # fmt: skip
 BACKWARD = (
     "gelu_backward.default", "silu_backward.default", "tanh_backward.default", "sigmoid_backward.default",
+    "hardsigmoid_backward.default",
 )  # fmt: skip
 
 
@@ -143,6 +164,15 @@ def elementwise() -> Iterator[Call]:
     yield call("hardtanh_backward.default", f(*SHAPE), f(*SHAPE), -1, 1)
     yield call("leaky_relu_backward.default", f(*SHAPE), f(*SHAPE), 0.1, False)
     yield call("elu_backward.default", f(*SHAPE), 1, 1, 1, False, f(*SHAPE))
+    yield call("softshrink_backward.default", f(*SHAPE), f(*SHAPE), 0.5)
+    yield call("logit_backward.default", f(*SHAPE), part(*SHAPE), None)
+    yield call("threshold.default", f(*SHAPE), 0.1, 0.2)
+    for name in ("acos.default", "asin.default", "erfinv.default"):
+        yield call(name, part(*SHAPE))
+    yield call("complex.default", f(*SHAPE), f(*SHAPE))
+    yield call("polar.default", pos(*SHAPE), f(*SHAPE))
+    yield call("_conj.default", z(*SHAPE))
+    yield call("mul.Tensor", z(*SHAPE), z(4))
     yield call("hardswish_backward.default", f(*SHAPE), f(*SHAPE))
     yield call("softplus_backward.default", f(*SHAPE), f(*SHAPE), 1, 20)
     yield call("native_dropout_backward.default", f(*SHAPE), flags(*SHAPE), 2.0)
@@ -201,12 +231,13 @@ def reductions() -> Iterator[Call]:
         yield call("amin.default", f(5, 3, 4), dims, keep)
     yield call("sum.dim_IntList", ids(9, 5, 4), (0,))
     yield call("sum.dim_IntList", flags(5, 4), (0,))
-    for name in ("prod.dim_int", "argmax.default", "argmin.default", "max.dim", "min.dim"):
+    for name in ("prod.dim_int", "argmax.default", "argmin.default", "max.dim", "min.dim", "median.dim"):
         yield call(name, f(5, 3, 4), 1)
     for name in ("any.dim", "all.dim"):
         yield call(name, flags(5, 3, 4), 1)
     yield call("cumsum.default", f(5, 4), 1)
-    yield call("cumprod.default", f(5, 4), 0)
+    for name in ("cumprod.default", "cummax.default", "cummin.default", "logcumsumexp.default"):
+        yield call(name, f(5, 4), 0)
     yield call("topk.default", f(5, 4), 2)
     yield call("topk.default", f(4, 5), 2, 0)
     yield call("sort.default", f(5, 4))
@@ -245,6 +276,8 @@ def views() -> Iterator[Call]:
     yield call("constant_pad_nd.default", f(5, 4, 3), (0, 0, 1, 1), 0.5)
     yield call("roll.default", f(5, 4), (1,), (1,))
     yield call("roll.default", f(5, 4), (1,))
+    yield call("view_as_complex.default", f(5, 4, 2))
+    yield call("view_as_real.default", z(5, 4))
     yield call("tril.default", f(3, 4, 5))
     yield call("triu.default", f(4, 4, 4), 1)
 
@@ -279,6 +312,7 @@ def layers() -> Iterator[Call]:
     yield call("native_layer_norm.default", f(5, 4, 3), (4, 3), None, None, 1e-5)
     yield call("native_layer_norm.default", f(4, 6), (6,), f(6), None, 1e-5)
     yield from _layer_norm_gradients()
+    yield call("_safe_softmax.default", f(5, 4, 3), -1)
     for name in ("_softmax.default", "_log_softmax.default"):
         yield call(name, f(5, 4, 3), -1, False)
         yield call(name, f(5, 4, 3), 1, False)
@@ -293,6 +327,13 @@ def layers() -> Iterator[Call]:
     yield call("max_pool2d_with_indices_backward.default", *_pooled())
     yield call("avg_pool2d.default", f(5, 4, 6, 6), (2, 2))
     yield call("avg_pool2d_backward.default", f(5, 4, 3, 3), f(5, 4, 6, 6), (2, 2), (2, 2), (0, 0), False, True, None)
+    yield call("avg_pool3d.default", f(5, 4, 4, 4, 4), (2, 2, 2))
+    three = ((2, 2, 2), (2, 2, 2), (0, 0, 0))
+    yield call("avg_pool3d_backward.default", f(5, 4, 2, 2, 2), f(5, 4, 4, 4, 4), *three, False, True, None)
+    yield call("max_pool3d_with_indices.default", f(5, 4, 4, 4, 4), (2, 2, 2), (2, 2, 2))
+    places = (*three, (1, 1, 1), False, ids(64, 5, 4, 2, 2, 2))
+    yield call("max_pool3d_with_indices_backward.default", f(5, 4, 2, 2, 2), f(5, 4, 4, 4, 4), *places)
+    yield from _resampled()
     yield call("_adaptive_avg_pool2d.default", f(5, 4, 6, 6), (2, 3))
     yield call("_adaptive_avg_pool2d_backward.default", f(5, 4, 2, 3), f(5, 4, 6, 6))
 
@@ -324,6 +365,16 @@ def _convolutions() -> Iterator[Call]:
         yield call("convolution_backward.default", *args)
     args = (f(4, 4, 5, 5), f(4, 4, 5, 5), f(4, 2, 3, 3), None, *plain, 2, (True, True, False))
     yield call("convolution_backward.default", *args)
+
+
+def _resampled() -> Iterator[Call]:
+    for kind, dims, aligned in (
+        ("nearest1d", 1, ()), ("nearest2d", 2, ()), ("linear1d", 1, (False,)), ("bilinear2d", 2, (False,)),
+        ("bicubic2d", 2, (False,)),
+    ):  # fmt: skip
+        small, large = (3, 4)[:dims], (6, 7)[:dims]
+        yield call(f"upsample_{kind}.default", f(5, 4, *small), large, *aligned)
+        yield call(f"upsample_{kind}_backward.default", f(5, 4, *large), large, (5, 4, *small), *aligned)
 
 
 def _pooled() -> Sequence[Any]:

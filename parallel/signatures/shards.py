@@ -100,4 +100,5 @@ def agrees(shards: Sequence[Tensor], layout: Layout, expected: Tensor) -> bool:
 def _same(one: Tensor, other: Tensor, scale: float = 1.0) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return bool(torch.allclose(one.double(), other.double(), rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True))
+    kind = torch.complex128 if one.is_complex() else torch.float64
+    return bool(torch.allclose(one.to(kind), other.to(kind), rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True))

@@ -6,6 +6,7 @@ if the two are equally long, or both are a multiple of the number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -64,6 +65,18 @@ def _expand(node: Node, parts: int) -> Iterator[Signature]:
     yield from _passing(node)
 
 
+def _anchor(node: Node, parts: int) -> Iterator[Signature]:
+    """All but partial sums (`parallel.anchoring`); extremes are the same in whatever order they are taken."""
+    yield from in_step(node, parts, range(len(node.inputs[0].shape)))
+    yield from islice(_passing(node), 1, None)
+
+
+def _complex(node: Node, parts: int) -> Iterator[Signature]:
+    """Pairs of numbers as complex ones, and back: all dimensions but that of the pairs."""
+    fewer = min(len(node.inputs[0].shape), len(node.outputs[0].shape))
+    yield from in_step(node, parts, range(fewer))
+
+
 def _along(node: Node, parts: int) -> Iterator[Signature]:
     """Slices, joins: all dimensions but the one that is cut or joined."""
     at = 1 if len(node.args) > 1 else None
@@ -81,7 +94,7 @@ def _pad(node: Node, parts: int) -> Iterator[Signature]:
     padded = {rank - 1 - at // 2 for at, count in enumerate(padding) if count}
     yield from in_step(node, parts, (dim for dim in range(rank) if dim not in padded))
     if len(node.args) < 3 or not node.args[2]:
-        yield next(_passing(node))
+        yield from islice(_passing(node), 1)
 
 
 def _roll(node: Node, parts: int) -> Iterator[Signature]:
@@ -95,12 +108,14 @@ def _roll(node: Node, parts: int) -> Iterator[Signature]:
 
 def _triangle(node: Node, parts: int) -> Iterator[Signature]:
     yield from in_step(node, parts, range(len(node.inputs[0].shape) - 2))
-    yield next(_passing(node))
+    yield from islice(_passing(node), 1)
 
 
 enter("views", ["reshape.default", "view.default"], _view, sized(1))
 enter("views", ["permute.default"], _permute)
 enter("views", ["expand.default"], _expand, sized(1))
+enter("views", ["alias.default"], _anchor)
+enter("views", ["view_as_real.default", "view_as_complex.default"], _complex)
 enter("views", ["slice.Tensor", "cat.default"], _along)
 enter("views", ["constant_pad_nd.default"], _pad)
 enter("views", ["tril.default", "triu.default"], _triangle)
