@@ -5,6 +5,7 @@
     python -m benchmarks.attention real             # two ranks over shared memory against one process: time, memory
     python -m benchmarks.attention weave            # a tensor-parallel stack with its tokens split and not
     python -m benchmarks.attention split            # the split that is chosen against none, for many lengths
+    python -m benchmarks.attention counters         # bytes of each rank by the kernel's counters; root
     python -m benchmarks.attention map --svg FILE   # which scheme wins for how many heads of keys, by the simulator
 
 What is compared takes turns in one run. In `links` and `overlap`, and unless `--compute
@@ -20,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import weaving
+from benchmarks import counters, weaving
 from benchmarks.company import together
 from benchmarks.figures import table
 from launch.chart import line_chart
+from parallel.attention.layout import SCHEMES
 
 GROUPS = (1, 2, 4, 8, 16, 32)
 """Heads of queries for each of keys, in the map."""
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "real": real,
         "weave": weaving.gains,
         "split": weaving.choice,
+        "counters": counters.count,
         "map": draw_map,
     }
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -46,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--link", help="bytes a second of a link, where one is emulated (10M; of woven stacks 2M)")
     parser.add_argument("--compute", choices=("modelled", "real"), default="modelled", help="of weave")
     parser.add_argument("--network", choices=("mesh", "ring"), default="ring", help="of the map")
+    parser.add_argument("--scheme", choices=SCHEMES, nargs="+", help="of counters: only these")
+    parser.add_argument("--json", action="store_true", help="of counters: a JSON object a rank and pass")
     parser.add_argument("--svg", type=Path, default=None)
     given = parser.parse_args(arguments)
     return modes[given.what](given)
