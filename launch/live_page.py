@@ -1,9 +1,13 @@
 """The coordinator's page and Prometheus metrics: what `ringhold top` shows, over HTTP, read-only.
 
 `ringhold coordinator --http 127.0.0.1:PORT` starts it in threads of its own: whoever reads, however slowly, holds up
-nothing. It knows no secrets: names of lanes, states and ages.
+nothing. It knows no secrets: names of lanes, states and ages. It answers to the names of this machine only, so that no
+page of elsewhere reads it through the browser of somebody here (DNS rebinding).
 """
 
+import contextlib
+import ipaddress
+import socket
 import threading
 from collections.abc import Iterator
 from html import escape
@@ -25,6 +29,10 @@ _PATIENCE = 5.0
 """Seconds that a reader may keep a connection waiting."""
 
 
+_MOST_CONNECTIONS = 32
+"""At a time; when more come, the oldest goes: descriptors are the coordinator's, too."""
+
+
 class LivePage:
     """Serves the latest status that it was told. A context manager.
 
@@ -44,7 +52,9 @@ class LivePage:
             page = self
 
             def do_GET(self) -> None:
-                if self.path == "/metrics":
+                if not _is_ours(self.headers.get("Host", "localhost"), host):  # browsers always name one
+                    self.send_error(421, "Misdirected Request", "ask for this machine by its name or its address")
+                elif self.path == "/metrics":
                     self._answer("text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))
                 elif self.path == "/":
                     self._answer("text/html; charset=utf-8", self.page.html().encode())
@@ -63,10 +73,9 @@ class LivePage:
                 return
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _server_of(host)((host, port), Handler)
         except OSError as error:
             raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --http") from None
-        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="ringhold-http", daemon=True)
         self._thread.start()
@@ -106,6 +115,48 @@ class LivePage:
             f'<section><div class="wide">{table}</div></section><p class="note"><a href="/metrics">metrics</a></p>'
             "</main></body></html>\n"
         )
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: dict[Any, None] = {}
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection; where there are too many, make room."""
+        if len(self._open) >= _MOST_CONNECTIONS:
+            with contextlib.suppress(OSError, StopIteration):
+                oldest = next(iter(self._open))
+                self._open.pop(oldest, None)
+                oldest.shutdown(socket.SHUT_RDWR)
+        self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection."""
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: readers come and go."""
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+def _server_of(host: str) -> type[_Server]:
+    return _Server6 if ":" in host else _Server
+
+
+def _is_ours(header: str, host: str) -> bool:
+    """Whether a Host header names this machine: by an address, as localhost, as it is called, or as we listen."""
+    name = header.rpartition("]")[0].strip("[") if header.startswith("[") else header.partition(":")[0]
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name.lower() in {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
 class _Metrics(Collector):

@@ -16,6 +16,7 @@ from collectives.errors import JournalError, ProtocolError, RingholdError, Usage
 from collectives.membership.coordinator import Action, Close, Coordinator, Persist, Send, Stop
 from collectives.membership.journal import Journal
 from collectives.membership.protocol import NONCE_BYTES, Decision, Evict, FromPeer, Prepared, Status, decode_from_peer
+from collectives.membership.refusals import Refusals
 from collectives.membership.wire import HANDSHAKE_SECONDS, Channel, accept, public_nonce, server_tls
 from collectives.options import Options
 
@@ -62,6 +63,7 @@ class CoordinatorServer:
         self._channels: dict[int, Channel] = {}
         self._last_connection = 0
         self._unproven: dict[asyncio.StreamWriter, None] = {}
+        self._refusals = Refusals()
         self._stopped = asyncio.Event()
         self._failure: RingholdError | None = None
 
@@ -90,6 +92,7 @@ class CoordinatorServer:
         finally:
             ticker.cancel()
             self._server.close()
+            self._refusals.close()
             for channel in list(self._channels.values()):
                 channel.close()
         if self._failure is not None:
@@ -115,12 +118,14 @@ class CoordinatorServer:
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         if len(self._unproven) >= MAX_UNPROVEN:
-            next(iter(self._unproven)).transport.abort()
+            oldest = next(iter(self._unproven))
+            del self._unproven[oldest]  # now: of those that come at once, each makes room
+            oldest.transport.abort()
         self._unproven[writer] = None
         try:
             channel = await asyncio.wait_for(accept(reader, writer, self._token, self._run), HANDSHAKE_SECONDS)
         except (ProtocolError, TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-            log.warning("refused a connection from %s: %s", peer, error or "it was too slow")
+            self._refusals.tell(peer, str(error) or "it was too slow")
             writer.close()
             return
         finally:
@@ -165,7 +170,7 @@ class CoordinatorServer:
                 _log_record(record)
             case Send(connection, message):
                 channel = self._channels.get(connection)
-                if channel is not None:
+                if channel is not None and not channel.writer.transport.is_closing():
                     channel.send(message)
                     if isinstance(message, Evict):
                         log.info("%s", message.reason)

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,10 @@ def status(seq: int) -> Status:
     )
 
 
-def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
+def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
-        connection.request(method, path)
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
     finally:
@@ -81,6 +82,25 @@ def test_the_page_and_the_metrics() -> None:
         assert get(page.port, "/", "POST")[0] == 501, "it is read-only"
         with pytest.raises(UsageError, match="choose another --http"):
             LivePage("127.0.0.1", page.port)
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [("localhost", 200), ("[::1]:80", 200), ("10.0.0.1:1", 200), (socket.gethostname(), 200), ("evil.example", 421)],
+)
+def test_no_page_of_elsewhere_reads_it_under_another_name(host: str, code: int) -> None:
+    with LivePage("127.0.0.1", 0) as page:
+        assert get(page.port, "/metrics", Host=host)[0] == code
+
+
+def test_idle_readers_make_room_and_take_no_descriptors() -> None:
+    with LivePage("127.0.0.1", 0) as page:
+        before = len([*Path("/proc/self/fd").iterdir()])
+        idle = [socket.create_connection(("127.0.0.1", page.port)) for _ in range(100)]
+        assert get(page.port, "/")[0] == 200
+        assert len([*Path("/proc/self/fd").iterdir()]) - before - len(idle) <= 40
+        for sock in idle:
+            sock.close()
 
 
 def test_a_coordinator_serves_its_page(tmp_path: Path) -> None:

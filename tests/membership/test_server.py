@@ -4,7 +4,7 @@ import hmac
 import shutil
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from collectives.membership.protocol import (
     Resume,
     encode,
 )
+from collectives.membership.refusals import Refusals
 from collectives.options import Options
 from tests.membership.office import (
     CoordinatorProcess,
@@ -225,6 +226,34 @@ def test_idle_handshakes_keep_nobody_out(journal: Path, monkeypatch: pytest.Monk
                 pass
             ended += 1
         assert ended == 1  # the oldest made room
+
+
+def test_a_crowd_that_comes_at_once_makes_room_one_for_one(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 100.0)
+    monkeypatch.setattr(server, "MAX_UNPROVEN", 3)
+    with Office(journal, options()) as office, ExitStack() as stack:
+        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", office.port))) for _ in range(40)]
+        for raw in crowd[:-3]:
+            raw.settimeout(10.0)  # the test fails by it, where one is left open
+            with suppress(ConnectionResetError):
+                while raw.recv(4096):
+                    pass
+
+
+def test_of_a_crowd_of_refused_connections_only_some_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    refusals = Refusals(lambda: now[0])
+    for number in range(1000):
+        refusals.tell("somebody", "wrong token")
+        refusals.tell("somebody", f"another run, {number}")
+    assert caplog.text.count("wrong token") == 5
+    assert len(caplog.records) == 24
+    now[0] += 10.0
+    refusals.tell("somebody", "wrong token")
+    assert "refused 1976 more connections" in caplog.text
+    assert caplog.records[-1].getMessage() == "refused a connection from somebody: wrong token"
+    refusals.close()
+    assert len(caplog.records) == 26
 
 
 def test_nobody_resumes_in_the_name_of_another(journal: Path) -> None:
