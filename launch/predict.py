@@ -4,11 +4,15 @@ import json
 from typing import Any
 
 import click
+import msgspec
 
+from collectives.errors import UsageError
 from launch import units
 from launch.display import print_table
 from launch.scale_options import model_of, model_options
 from parallel.scale.cluster import Cluster
+from parallel.scale.layer import Layers
+from parallel.scale.memory import peak
 from parallel.scale.predict import Prediction, predict
 from parallel.scale.strategy import Strategy
 from parallel.scale.transformer import Transformer
@@ -19,7 +23,8 @@ from parallel.scale.transformer import Transformer
 @click.option(
     "--hardware", default="h100", show_default=True, metavar="NAME|FILE", help="Cluster: h100, a100 or a file."
 )
-@click.option("--dp", type=click.IntRange(1), default=1, show_default=True, help="Data-parallel ranks.")
+@click.option("--devices", type=click.IntRange(1), help="Devices in all; must be dp x tp x pp x cp, or gives dp.")
+@click.option("--dp", type=click.IntRange(1), help="Data-parallel ranks.  [default: 1, or what --devices leaves]")
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--pp", type=click.IntRange(1), default=1, show_default=True, help="Stages of the pipeline.")
 @click.option("--cp", type=click.IntRange(1), default=1, show_default=True, help="Context-parallel ranks.")
@@ -44,23 +49,44 @@ def command(config: str | None, hardware: str, as_json: bool, **given: Any) -> N
     ringhold predict --config llama3-70b --tp 4 --pp 4 --dp 8 --batch 128 --interleave 5
     """
     model, cluster = model_of(config, given), Cluster.load(hardware)
+    given["dp"] = _data_parallel(given)
     fields = {name: given[name] for name in Strategy.__struct_fields__ if given.get(name) is not None}
     fields.setdefault("batch", given["dp"] * given["microbatch"] * given["pp"])
     strategy = Strategy(**fields)
     prediction = predict(model, strategy, cluster)
     if as_json:
-        print(json.dumps({"devices": strategy.devices, "parameters": model.parameters} | prediction.to_json()))
+        about = {"devices": strategy.devices, "parameters": model.parameters, "batch": strategy.batch, "seq": model.seq}
+        fits = {"fits": prediction.memory.total <= cluster.memory}
+        print(json.dumps(about | prediction.to_json() | fits))
     else:
         show(model, strategy, cluster, prediction)
+
+
+def _data_parallel(given: dict[str, Any]) -> int:
+    """Data-parallel ranks: as said, or as many as there are devices for. UsageError: the two do not agree."""
+    dp, devices, others = given["dp"], given["devices"], given["tp"] * given["pp"] * given["cp"]
+    if devices is None:
+        return dp or 1
+    division = f"tp {given['tp']} x pp {given['pp']} x cp {given['cp']}"
+    if devices % others:
+        raise UsageError(f"{devices} devices are no multiple of {division} = {others}; take one less or more of these")
+    if dp is not None and dp * others != devices:
+        raise UsageError(
+            f"dp {dp} x {division} = {dp * others}, not the {devices} of --devices; dp {devices // others} would be"
+        )
+    return int(devices // others)
 
 
 def show(model: Transformer, strategy: Strategy, cluster: Cluster, prediction: Prediction) -> None:
     """Print a prediction for a person."""
     name = model.name or "the model"
     print(f"{name} ({model.parameters / 1e9:.4g} G parameters) on {strategy.devices} devices: {strategy}")
+    print(f"batch {strategy.batch} of {model.seq} tokens")
     print(f"cluster: {cluster.name}")
     memory = prediction.memory
-    fits = "" if memory.total <= cluster.memory else f"  DOES NOT FIT in {cluster.memory / 1e9:.4g} GB"
+    fits = ""
+    if memory.total > cluster.memory:
+        fits = f"  DOES NOT FIT in {cluster.memory / 1e9:.4g} GB{_smaller(model, strategy, cluster)}"
     print(f"\nstep time         {units.duration(prediction.time)}  ({prediction.tokens:.0f} tokens/s a device)")
     print(
         f"TFLOP/s a device  {prediction.model_flops / 1e12:.0f} of the model, "
@@ -72,3 +98,12 @@ def show(model: Transformer, strategy: Strategy, cluster: Cluster, prediction: P
     print_table(("time goes to", "seconds", "share"), rows)
     parts = [(part, f"{getattr(memory, part) / 1e9:.1f} GB") for part in type(memory).__slots__]
     print_table(("memory goes to", "bytes"), parts)
+
+
+def _smaller(model: Transformer, strategy: Strategy, cluster: Cluster) -> str:
+    """What the same division needs if it recomputes and shards all that it can."""
+    if strategy.recompute == "full" and strategy.zero == 3:
+        return "; take more devices, or a smaller microbatch"
+    least = msgspec.structs.replace(strategy, recompute="full", zero=3)
+    needed = peak(Layers(model, least, cluster)).total
+    return f"; with --recompute full --zero 3 it needs {needed / 1e9:.1f} GB"

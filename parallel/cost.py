@@ -20,7 +20,7 @@ from parallel.layout import Flat, Layout, Mesh, Split
 from parallel.machine import Machine
 from parallel.plans import Placements, Sharding
 
-_NO_WORK = (
+NO_WORK = (
     "aten.view.",
     "aten.reshape.",
     "aten.permute.",
@@ -30,7 +30,7 @@ _NO_WORK = (
     "aten.squeeze.",
 )
 """Operations that only look at memory in another way."""
-_ATTENTION = "scaled_dot_product"
+ATTENTION = "scaled_dot_product"
 _NOTHING = Boxing("none", (), 0, 0)
 Vector = npt.NDArray[np.float64]
 
@@ -45,7 +45,7 @@ class Costs:
 
     def operation(self, node: Node, sharding: Sharding) -> float:
         """Seconds of a node on the rank that has the most to do."""
-        if node.op.startswith(_NO_WORK):
+        if node.op.startswith(NO_WORK):
             return 0.0
         machine = self.machine
         moved = sum(
@@ -180,7 +180,7 @@ def flops(node: Node) -> float:
         for term, value in zip(terms, operands, strict=True):
             letters.update(zip(term, value.shape, strict=True))
         return 2.0 * math.prod(letters.values())
-    if _ATTENTION in node.op:
+    if ATTENTION in node.op:
         # q is (batch, heads, queries, width), k the same with keys for queries. Backward: five products for two.
         query, key = node.inputs[1:3] if "backward" in node.op else node.inputs[:2]
         scores = math.prod(query.shape[:-1]) * key.shape[-2]

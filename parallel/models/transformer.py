@@ -34,20 +34,23 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Attention with as many key heads as wanted, causal or not: (batch, length, width) to the same.
 
-    With `rotary` positions where it is called with angles. Biases as in GPT where `bias`.
+    With `rotary` positions where it is called with angles. Biases as in GPT where `bias`. Heads of `features`,
+    if these are not width / heads.
     """
 
-    def __init__(self, width: int, heads: int, groups: int, causal: bool = True, bias: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, groups: int, causal: bool = True, bias: bool = False, features: int = 0
+    ) -> None:
         super().__init__()
-        self.heads, self.groups, self.features, self.causal = heads, groups, width // heads, causal
-        self.query = nn.Linear(width, width, bias=bias)
+        self.heads, self.groups, self.features, self.causal = heads, groups, features or width // heads, causal
+        self.query = nn.Linear(width, heads * self.features, bias=bias)
         self.key = nn.Linear(width, groups * self.features, bias=bias)
         self.value = nn.Linear(width, groups * self.features, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.out = nn.Linear(heads * self.features, width, bias=bias)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         query = self.query(x).view(batch, length, self.heads, self.features).transpose(1, 2)
         key = self.key(x).view(batch, length, self.groups, self.features).transpose(1, 2)
         value = self.value(x).view(batch, length, self.groups, self.features).transpose(1, 2)
@@ -55,7 +58,7 @@ class Attention(nn.Module):
             query, key = rotate(query, *angles), rotate(key, *angles)
         grouped = self.groups < self.heads
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=grouped)
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
 

@@ -40,6 +40,8 @@ class Layers:
     model: Transformer
     strategy: Strategy
     cluster: Cluster
+    saved: tuple[float, float] = (0.0, 0.0)
+    """Seconds of a layer's forward and backward pass that a better plan of its inside saves (`parallel.stages`)."""
 
     @property
     def tokens(self) -> float:
@@ -69,9 +71,11 @@ class Layers:
 
     def layer(self) -> Passes:
         """One layer of the stack."""
-        forward, backward = self._attention()
+        forward, backward = self.attention()
         parts = [self._products(), self._elementwise(), Passes(forward, backward, Seconds()), self._communication()]
         total = parts[0] + parts[1] + parts[2] + parts[3]
+        shares = [1.0 - saved / p.total for saved, p in zip(self.saved, (total.forward, total.backward), strict=True)]
+        total = Passes(total.forward * shares[0], total.backward * shares[1], total.again)
         if self.strategy.recompute == "full":
             return Passes(total.forward, total.backward, total.forward)
         inside = forward if self.strategy.recompute == "selective" and not self.fused else Seconds()
@@ -125,7 +129,8 @@ class Layers:
         backward += memory((5 if model.gated else 3) * wide) + memory(2 * heads)
         return Passes(Seconds(elementwise=forward), Seconds(elementwise=backward), Seconds())
 
-    def _attention(self) -> tuple[Seconds, Seconds]:
+    def attention(self) -> tuple[Seconds, Seconds]:
+        """The inside of attention, forward and backward, with what of its ring does not hide."""
         model, t = self.model, self.strategy.tp
         flops = 4.0 * self.tokens * model.seq * model.queries / t
         if self.fused:

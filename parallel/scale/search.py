@@ -1,11 +1,13 @@
 """Every way to divide a training step among so many devices, the best first.
 
 `ringhold plan --config` calls it. Divisions that do not fit in memory are dropped before they are timed; the rest are
-ranked by formula, and the pipelines of those in front are followed microbatch by microbatch.
+ranked by formula, and those that differ in nothing that matters are folded. The pipelines of those in front are
+followed microbatch by microbatch, with what a program for the inside of a stage finds (`parallel.stages`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import msgspec
 
@@ -21,6 +23,11 @@ _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _MICROBATCHES = (1, 2, 4, 8)
 _FOLLOWED = 3
 """So many times as many divisions as are wanted are followed through their pipelines."""
+_ALIKE = 0.02
+"""Share of the time within which divisions whose passes are the same count as alike."""
+
+Inside = Callable[[Layers], tuple[float, float]]
+"""Seconds of a layer's forward and backward pass that the best plan of a stage's inside saves."""
 
 
 class DoesNotFit(RingholdError):
@@ -29,10 +36,11 @@ class DoesNotFit(RingholdError):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A division and what it takes."""
+    """A division and what it takes, and the divisions that are as good: they cut the same tokens otherwise."""
 
     strategy: Strategy
     prediction: Prediction
+    alike: tuple["Candidate", ...] = ()
 
     def why(self, better: "Candidate") -> str:
         """Why it loses to a better one: the causes in which the time differs most."""
@@ -50,7 +58,8 @@ class Found:
 
     Attributes:
         best: the fastest first; of each dp x tp x pp x cp x ep the fastest of its microbatches, interleavings and
-            amounts of recomputation.
+            amounts of recomputation. Those that only trade samples for parts of a sequence (dp and microbatches for
+            cp) and are within 2% of each other are one.
         tried: strategies that the model allows.
         pruned: of these, how many do not fit in memory.
 
@@ -69,6 +78,7 @@ def search(
     count: int = 10,
     precision: Precision = "bf16",
     memory: float | None = None,
+    inside: Inside | None = None,
 ) -> Found:
     """Find the fastest divisions of a step of `batch` sequences among `devices`.
 
@@ -78,6 +88,7 @@ def search(
         count: of divisions to return.
         precision: of the large matrix products.
         memory: bytes of a device that may be used; None: all of it.
+        inside: plans the insides of stages; None: they are as the formulas have them.
 
     Raises:
         UsageError: there is no way to divide the model so.
@@ -85,12 +96,12 @@ def search(
 
     """
     limit = cluster.memory if memory is None else memory
-    tried, least = 0, float("inf")
+    tried, least = 0, (float("inf"), "")
     fitting: list[Candidate] = []
     for strategy in strategies(model, cluster, devices, batch, precision):
         tried += 1
         needed = peak(Layers(model, strategy, cluster)).total
-        least = min(least, needed)
+        least = min(least, (needed, str(strategy)))
         if needed <= limit:
             fitting.append(Candidate(strategy, predict(model, strategy, cluster, follow=False)))
     if not tried:
@@ -100,21 +111,27 @@ def search(
         )
     if not fitting:
         raise DoesNotFit(
-            f"none of {tried} divisions fits in {limit / 1e9:.4g} GB a device; the least is {least / 1e9:.4g} GB; "
-            f"take more devices or a smaller batch"
+            f"none of {tried} divisions fits in {limit / 1e9:.4g} GB a device; the least is {least[0] / 1e9:.4g} GB, "
+            f"of {least[1]}; take more devices or a smaller batch"
         )
-    ahead = _one_each(sorted(fitting, key=_time))[: _FOLLOWED * count]
-    divisions = {_division(candidate.strategy) for candidate in ahead}
-    again = [c for c in sorted(fitting, key=_time) if _division(c.strategy) in divisions]
-    followed = [_follow(model, cluster, c) for group in _grouped(again) for c in group[:2]]
-    return Found(tuple(_one_each(sorted(followed, key=_time))[:count]), tried, tried - len(fitting))
+    ranked = sorted(fitting, key=_time)
+    ahead = _folded(_first_of_each(ranked, _division))[: _FOLLOWED * count]
+    divisions = {_division(c.strategy) for candidate in ahead for c in (candidate, *candidate.alike)}
+    again = [c for c in ranked if _division(c.strategy) in divisions]
+    followed = [_follow(model, cluster, c) for group in _grouped(again, _division) for c in group[:2]]
+    best = _best(followed, count)
+    if inside is not None:
+        best = _best([planned for kept in best for planned in _planned(model, cluster, kept, inside)], count)
+    return Found(tuple(best), tried, tried - len(fitting))
 
 
 def strategies(
     model: Transformer, cluster: Cluster, devices: int, batch: int, precision: Precision
 ) -> Iterator[Strategy]:
     """Every division that the model allows: tensor and expert parallelism within a node."""
-    for tp in _divisors(min(devices, cluster.node)):
+    for tp in _divisors(devices):
+        if tp > cluster.node or (devices > cluster.node and cluster.node % tp):
+            continue  # a group would lie across nodes
         for pp in _divisors(devices // tp):
             if pp > model.layers:
                 continue
@@ -164,24 +181,55 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _division(strategy: Strategy) -> tuple[int, ...]:
+def _division(strategy: Strategy) -> Hashable:
     return strategy.dp, strategy.tp, strategy.pp, strategy.cp, strategy.ep
+
+
+def _passes(strategy: Strategy) -> Hashable:
+    """What a microbatch's passes and the memory depend on, but for the exchange of keys and values."""
+    tokens = Fraction(strategy.microbatch, strategy.cp)
+    return strategy.tp, strategy.pp, strategy.ep, strategy.interleave, strategy.recompute, tokens
 
 
 def _time(candidate: Candidate) -> float:
     return candidate.prediction.time
 
 
-def _grouped(candidates: list[Candidate]) -> list[list[Candidate]]:
-    groups: dict[tuple[int, ...], list[Candidate]] = {}
+def _grouped(candidates: Iterable[Candidate], key: Callable[[Strategy], Hashable]) -> list[list[Candidate]]:
+    groups: dict[Hashable, list[Candidate]] = {}
     for candidate in candidates:
-        groups.setdefault(_division(candidate.strategy), []).append(candidate)
+        groups.setdefault(key(candidate.strategy), []).append(candidate)
     return list(groups.values())
 
 
-def _one_each(candidates: list[Candidate]) -> list[Candidate]:
-    return [group[0] for group in _grouped(candidates)]
+def _first_of_each(candidates: Iterable[Candidate], key: Callable[[Strategy], Hashable]) -> list[Candidate]:
+    return [group[0] for group in _grouped(candidates, key)]
 
 
-def _follow(model: Transformer, cluster: Cluster, candidate: Candidate) -> Candidate:
-    return Candidate(candidate.strategy, predict(model, candidate.strategy, cluster))
+def _folded(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Of candidates in order of their time: those that are alike as one, the fastest standing for them."""
+    found: list[Candidate] = []
+    for group in _grouped(candidates, _passes):
+        rest = group
+        while rest:
+            limit = rest[0].prediction.time * (1.0 + _ALIKE)
+            alike = tuple(c for c in rest[1:] if c.prediction.time <= limit)
+            found.append(replace(rest[0], alike=alike))
+            rest = rest[1 + len(alike) :]
+    return sorted(found, key=_time)
+
+
+def _best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
+    return _folded(_first_of_each(sorted(candidates, key=_time), _division))[:count]
+
+
+def _follow(
+    model: Transformer, cluster: Cluster, candidate: Candidate, saved: tuple[float, float] = (0.0, 0.0)
+) -> Candidate:
+    return Candidate(candidate.strategy, predict(model, candidate.strategy, cluster, saved=saved))
+
+
+def _planned(model: Transformer, cluster: Cluster, candidate: Candidate, inside: Inside) -> list[Candidate]:
+    """A candidate and those that are alike with what the plan of its stages' inside saves."""
+    saved = inside(Layers(model, candidate.strategy, cluster))
+    return [_follow(model, cluster, each, saved) for each in (candidate, *candidate.alike)]

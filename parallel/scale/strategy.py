@@ -53,7 +53,12 @@ class Strategy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if not 0 <= self.zero <= 3:
             raise UsageError(f"zero is 0, 1, 2 or 3, not {self.zero}")
         if self.batch % (self.dp * self.microbatch):
-            raise UsageError(f"a batch of {self.batch} is no multiple of dp {self.dp} x microbatch {self.microbatch}")
+            step = self.dp * self.microbatch
+            near = " or ".join(str(size) for size in (self.batch // step * step, -(-self.batch // step) * step) if size)
+            raise UsageError(
+                f"a batch of {self.batch} is no multiple of dp {self.dp} x microbatch {self.microbatch}; "
+                f"{near} would be"
+            )
 
     def __str__(self) -> str:
         parts = [f"dp={self.dp} tp={self.tp} pp={self.pp} cp={self.cp} ep={self.ep} mbs={self.microbatch}"]

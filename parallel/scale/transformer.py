@@ -9,6 +9,7 @@ import msgspec
 
 from collectives.errors import UsageError
 from parallel.scale import files
+from parallel.scale.huggingface import numbers
 
 
 class Transformer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,8 +56,13 @@ class Transformer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @classmethod
     def load(cls, name: str) -> Self:
-        """Read a model that ships by its name, or one of the user's by its path. UsageError: it cannot be read."""
-        return files.read("models", name, cls)
+        """Read a model that ships by its name, or one of the user's by its path, also a `config.json` of Hugging Face.
+
+        Raises:
+            UsageError: it cannot be read, or is of a kind that this is no model of.
+
+        """
+        return files.read("models", name, cls, numbers)
 
     @property
     def groups(self) -> int:

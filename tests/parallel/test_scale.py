@@ -18,7 +18,7 @@ from parallel.scale.kernels import Kernels
 from parallel.scale.layer import Layers
 from parallel.scale.memory import activations, peak
 from parallel.scale.pipeline import makespan, split_layers
-from parallel.scale.search import DoesNotFit
+from parallel.scale.search import DoesNotFit, strategies
 
 _SIZES = {
     "gpt3-175b": 175e9,
@@ -149,6 +149,45 @@ def test_sharding_more_needs_less_memory() -> None:
     assert needed[0] > 1.5 * needed[1]
 
 
+def test_divisions_that_differ_in_nothing_that_matters_are_one() -> None:
+    model, cluster = Transformer.load("llama3-70b"), Cluster.load("h100")
+    best = search(model, cluster, 64, 128).best
+    alike = [(kept, other) for kept in best for other in kept.alike]
+    assert alike
+    for kept, other in alike:
+        mine, theirs = kept.strategy, other.strategy
+        assert (mine.tp, mine.pp, mine.dp * mine.cp) == (theirs.tp, theirs.pp, theirs.dp * theirs.cp)
+        assert mine.microbatch * theirs.cp == theirs.microbatch * mine.cp
+        assert kept.prediction.time <= other.prediction.time <= 1.02 * kept.prediction.time
+        assert kept.prediction.memory.total == pytest.approx(other.prediction.memory.total)
+    listed = [str(c.strategy) for kept in best for c in (kept, *kept.alike)]
+    assert len(set(listed)) == len(listed)
+
+
+@pytest.mark.parametrize("devices", [6, 12, 24])
+def test_every_division_uses_all_devices(devices: int) -> None:
+    model, cluster = Transformer.load("llama3-8b"), Cluster.load("h100")
+    found = list(strategies(model, cluster, devices, 24, "bf16"))
+    assert {strategy.devices for strategy in found} == {devices}
+
+
+def test_what_a_stage_saves_is_taken_off_its_layers() -> None:
+    model, cluster = Transformer.load("llama3-8b"), Cluster.load("h100")
+    asked: list[Layers] = []
+
+    def inside(layers: Layers) -> tuple[float, float]:
+        asked.append(layers)
+        return (1e-4, 2e-4) if layers.strategy.tp == 2 else (0.0, 0.0)
+
+    as_formulas, planned = search(model, cluster, 16, 64, 3), search(model, cluster, 16, 64, 3, inside=inside)
+    assert len(asked) == len(as_formulas.best)
+    strategy = Strategy(batch=64, dp=8, tp=2)
+    before, after = (predict(model, strategy, cluster, saved=saved) for saved in ((0.0, 0.0), (1e-4, 2e-4)))
+    assert before.time - after.time == pytest.approx(8 * model.layers * 3e-4, rel=0.01)
+    assert sum(after.seconds.by_cause().values()) == pytest.approx(after.time)
+    assert [c.prediction.time for c in planned.best] == sorted(c.prediction.time for c in planned.best)
+
+
 def test_the_search_finds_the_best_and_says_why_others_lose() -> None:
     model, cluster = Transformer.load("llama3-70b"), Cluster.load("h100")
     found = search(model, cluster, 64, 128)
@@ -217,7 +256,16 @@ def test_predict_takes_a_model_by_its_numbers(capsys: pytest.CaptureFixture[str]
         ("predict --config llama3-8b --dp 3 --batch 4", "no multiple"),
         ("predict --config llama3-8b --interleave 2", "only one stage"),
         ("predict --config llama3-8b --ep 2", "experts"),
-        ("predict --config /nowhere/model.json", "no models file"),
+        ("predict --config /nowhere/model.json", "no file"),
+        ("predict --config llama3-80b", "did you mean llama3-8b?"),
+        ("predict --config llama3-8b --hardware h1000", "did you mean h100?"),
+        ("predict --config llama3-8b --devices 10 --tp 4", "no multiple of tp 4"),
+        ("predict --config llama3-8b --devices 16 --tp 4 --dp 2", "dp 4 would be"),
+        ("predict --config llama3-8b --dp 3 --batch 4", "3 or 6 would be"),
+        ("predict --config llama3-8b --pp 64", "do not fill"),
+        ("plan --config llama3-8b", "--devices"),
+        ("plan --config llama3-80b --devices 8", "did you mean llama3-8b?"),
+        ("plan --config llama3-8b --layers 4 --devices 11 --batch 7", "nothing divides"),
     ],
 )
 def test_predict_refuses(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,3 +282,59 @@ def test_a_file_that_is_no_model_is_refused(content: str, tmp_path: Path) -> Non
     path.write_text(content)
     with pytest.raises(UsageError, match="does not describe"):
         Transformer.load(str(path))
+
+
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+_MIXTRAL = _LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
+_GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "gated", "tied"),
+    [(_LLAMA, 8.03e9, True, False), (_MIXTRAL, 46.7e9, True, False), (_GPT2, 123.6e6, False, True)],
+)
+def test_a_config_of_hugging_face_is_read(
+    config: dict[str, Any], parameters: float, gated: bool, tied: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    model = Transformer.load(str(path))
+    assert model.parameters == pytest.approx(parameters, rel=0.005)
+    assert (model.gated, model.tied) == (gated, tied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers or n_layer"),
+        ({"kv_lora_rank": 512}, "compressed keys"),
+        ({"n_shared_experts": 1}, "every token"),
+        ({"num_attention_heads": 33}, "no multiple"),
+    ],
+)
+def test_a_config_of_another_kind_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_LLAMA | change))
+    with pytest.raises(UsageError, match=message):
+        Transformer.load(str(path))
+
+
+def test_what_cannot_fit_says_how_much_it_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "plan", "--config", "llama3-405b", "--devices", "16")
+    assert (code, out) == (1, "")
+    assert "the least is" in err
+    code, out, _ = run(capsys, "predict", "--config", "llama3-405b", "--tp", "8", "--devices", "64", "--json")
+    assert code == 0
+    assert json.loads(out)["fits"] is False
+    _, out, _ = run(capsys, "predict", "--config", "llama3-405b", "--tp", "8", "--devices", "64")
+    assert "DOES NOT FIT in 80 GB; with --recompute full --zero 3 it needs" in out
