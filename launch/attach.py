@@ -27,6 +27,8 @@ def status(
         return asyncio.run(asyncio.wait_for(_ask(host, port, token, run, options), timeout))
     except (OSError, TimeoutError, ProtocolError, asyncio.IncompleteReadError) as error:
         reason = str(error) or "no answer in time"
+        if isinstance(error, asyncio.IncompleteReadError):
+            reason = "it hung up at once" + ("" if options.tls_ca else "; if it speaks TLS, set RINGHOLD_TLS_CA")
         raise CoordinatorUnreachable(f"no coordinator at {host}:{port}: {reason}; is the address right?") from None
 
 

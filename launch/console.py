@@ -3,6 +3,7 @@
 Used by `launch.cli` and by the modules that are run with `python -m`.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -12,6 +13,17 @@ from typing import Any
 import click
 
 from collectives.errors import RingholdError, UsageError
+
+
+class Finite(click.FloatRange):
+    """A number of an option within a range, which neither nan nor infinity is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:

@@ -40,12 +40,10 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", re.IGNORECASE)
 @click.option(
     "--cut", "cuts", multiple=True, metavar="WHAT@FROM..TO", help="A cable or a host, and seconds; repeatable."
 )
-@click.option(
-    "--random-cuts", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Cut cables for so long."
-)
+@click.option("--random-cuts", type=console.Finite(0, min_open=True), metavar="SECONDS", help="Cut cables for so long.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the random cuts.")
 @click.option("--coordinator", default="0", show_default=True, help='The host that has one, "hub", or "none".')
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds for it all.")
+@click.option("--timeout", type=console.Finite(0, min_open=True), help="Seconds for it all.")
 @click.option("--json", "as_json", is_flag=True, help="Print what became of each host as one JSON object.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def command(

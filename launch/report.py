@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from collectives.errors import CorruptFile, UsageError
+from launch import console
 from launch.record import Entry, read_log
 from launch.report_page import page
 from launch.story import tell
@@ -15,8 +16,8 @@ from launch.story import tell
 @click.command("report")
 @click.argument("log", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: LOG.html]")
-@click.option("--from", "start", type=click.FloatRange(0), help="Draw from this second on.")
-@click.option("--to", "stop", type=click.FloatRange(0), help="Draw up to this second.")
+@click.option("--from", "start", type=console.Finite(0), help="Draw from this second on.")
+@click.option("--to", "stop", type=console.Finite(0), help="Draw up to this second.")
 def command(log: Path, output: Path | None, start: float | None, stop: float | None) -> None:
     """Make a self-contained page of a run's log: `run.jsonl` in the folder of a train, demo or churn.
 

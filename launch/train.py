@@ -44,7 +44,7 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option("--churn", default="", metavar="LIST", help='Faults, as in "kill@12,stop@20:1,join@25,coordinator@30".')
 @click.option("--churn-rate", type=float, default=0.0, help="Random faults instead, so many per 100 steps.")
 @click.option("--restart", is_flag=True, help="Replace peers that are lost.")
-@click.option("--pace", type=click.FloatRange(0), default=0.0, help="A step takes at least so many seconds.")
+@click.option("--pace", type=console.Finite(0), default=0.0, help="A step takes at least so many seconds.")
 @click.option(
     "--coordinator", metavar="HOST:PORT", help="Join this coordinator.  [default: RINGHOLD_COORDINATOR, else our own]"
 )
@@ -62,11 +62,11 @@ KILL_POINTS = tuple(point for point in points.POINTS if point not in {"enter", "
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=3600.0, show_default=True, help="Seconds for it all."
+    "--timeout", type=console.Finite(0, min_open=True), default=3600.0, show_default=True, help="Seconds for it all."
 )
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=console.Finite(0, min_open=True),
     default=120.0,
     show_default=True,
     help="Seconds without a step.",

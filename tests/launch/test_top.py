@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
-from collectives.errors import UsageError
+from collectives.errors import CoordinatorUnreachable, UsageError
 from collectives.membership.protocol import LaneStatus, MemberStatus, Status
 from launch.cli import ringhold
 from launch.live_page import LivePage
-from launch.vitals import Watch
+from launch.top import _columns, _looks
+from launch.vitals import HEADINGS, Vitals, Watch
 from tests.conformance.steered import steered
 from tests.harness.cluster import TOKEN, Cluster
 
@@ -158,3 +160,35 @@ def test_top_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RINGHOLD_COORDINATOR", raising=False)
     assert "name the coordinator" in str(top(monkeypatch).exception)
     assert "no coordinator at 127.0.0.1:1" in str(top(monkeypatch, "127.0.0.1:1").exception)
+    done = top(monkeypatch, "127.0.0.1:1", "--every", "nan")
+    assert done.exit_code == 2
+    assert "no finite number" in done.output
+
+
+def test_top_waits_for_a_coordinator_that_is_away() -> None:
+    watch = Watch()
+    answers: list[Vitals | None] = [None, watch.look(status(2)), None, None]
+
+    def look() -> Vitals:
+        answer = answers.pop(0)
+        if answer is None:
+            raise CoordinatorUnreachable("no coordinator")
+        return answer
+
+    first = watch.look(status(1))
+    seen = list(islice(_looks(first, look, 0.01, 100.0), 4))
+    assert [(vitals.rows[0].seq, silent is None) for vitals, silent in seen] == [
+        (1, True),
+        (1, False),
+        (2, True),
+        (2, False),
+    ]
+    with pytest.raises(CoordinatorUnreachable):
+        list(_looks(first, look, 0.01, 0.0))
+
+
+def test_a_narrow_terminal_shows_fewer_columns() -> None:
+    rows = [row.cells() for row in Watch().look(status(10)).rows]
+    assert len(_columns(rows, 200)) == len(HEADINGS)
+    assert [HEADINGS[column] for column in _columns(rows, 50)] == ["member", "state", "heard", "operation"]
+    assert [HEADINGS[column] for column in _columns(rows, 10)] == ["member", "state", "operation"]
