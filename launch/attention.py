@@ -37,6 +37,7 @@ SCHEMES = ("ring", "bidirectional", "token_ring", "token_ring_relay", "hybrid", 
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--dtype", type=click.Choice(["float", "double", "bfloat16", "half"]), default="float", show_default=True)
 @click.option("--causal/--full", default=False, show_default=True, help="Whether rows see only what is before them.")
+@click.option("--backward", is_flag=True, help="The gradients as well, as a row of their own.")
 @click.option(
     "--balance",
     type=click.Choice(["contiguous", "zigzag", "striped"]),
@@ -77,8 +78,8 @@ def command(scheme: str, ranks: int | None, trace_to: Path | None, svg_to: Path 
     """Run attention over a sequence that is spread over ranks, on embeddings of real text, and check it.
 
     Prints the largest error against one process, the bytes sent beside the closed formula, the time beside that of the
-    simulator for the same schedule, and eta: which part of the possible overlap of computing and communicating was had.
-    Exits with 1 if an error or a number of bytes is off.
+    simulator for the same schedule, and eta: which part of the possible overlap of computing and communicating was had;
+    with --backward also of the gradients of q, k and v. Exits with 1 if an error or a number of bytes is off.
 
     \b
     ringhold attention --scheme token_ring --ranks 4 --seq 32768 --heads 32 --trace out.json --svg out.svg
@@ -130,7 +131,7 @@ def _request(scheme: str, world: int, given: dict[str, Any], trace_to: str) -> A
     if heads % kv_heads:
         raise UsageError(f"--kv-heads {kv_heads} must divide --heads {heads}")
     seq = given["seq"]
-    checked = min(seq, given["checked"] or affordable(seq, heads, given["head_dim"], given["batch"]))
+    checked = min(seq, given["checked"] or affordable(seq, heads, given["head_dim"], given["batch"], given["backward"]))
     if min(seq, checked) < 2 * world:
         raise UsageError(f"--seq {seq} (checked: {checked}) is too short: {world} ranks need {2 * world} rows or more")
     if not (given["ratio"] > 0 and given["latency"] >= 0):
@@ -140,7 +141,7 @@ def _request(scheme: str, world: int, given: dict[str, Any], trace_to: str) -> A
     bandwidth = float(parse_size(given["link"]))
     if not bandwidth:
         raise UsageError("--link must be positive")
-    plain = ("head_dim", "batch", "dtype", "causal", "parts", "transport", "latency", "ratio", "rounds")
+    plain = ("head_dim", "batch", "dtype", "causal", "backward", "parts", "transport", "latency", "ratio", "rounds")
     outnumbered = world > (os.cpu_count() or 1)
     return AttentionRequest(
         schemes=schemes,
@@ -182,7 +183,7 @@ class _Report:
             ("scheme", "error", "sent", "formula", "time", "simulated", "eta", "simulated", ""),
             [
                 (
-                    row["scheme"],
+                    row["scheme"] + " backward" * (row["pass"] == "backward"),
                     f"{row['max_error']:.1e}",
                     units.size(row["bytes_sent"]),
                     "equal" if row["bytes_sent"] == row["bytes_formula"] else units.size(row["bytes_formula"]),

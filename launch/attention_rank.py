@@ -23,6 +23,7 @@ from collectives.simulate import simulate
 from collectives.topology import Link, Topology, mesh
 from collectives.topology_file import load
 from collectives.transports.emulated import PREFIX
+from launch.attention_check import Check
 from launch.attention_request import RUN, AttentionRequest
 from launch.bench_rank import Place
 from launch.data import load as load_text
@@ -32,12 +33,11 @@ from parallel.attention.choice import choose, seconds_of
 from parallel.attention.formulas import total_bytes
 from parallel.attention.kernels import Binder
 from parallel.attention.layout import Layout, Problem, layout
+from parallel.attention.local import partial_dtype
 from parallel.attention.shares import Balance, Run, Share
 
 Tell = Callable[[dict[str, Any]], None]
 DTYPES = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.float16}
-SAMPLE = 128
-"""Rows of each rank whose result is compared."""
 _PATIENCE = 10.0
 _FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Errors that pass even where one process happens to make none."""
@@ -68,10 +68,11 @@ def _options(request: AttentionRequest, place: Place, folder: Path) -> Options:
 
 @dataclass(slots=True)
 class _Case:
-    """A scheme: its problem, its error and that allowed; how long kernels take, runs took, and bytes that were sent."""
+    """A pass of a scheme: its problem, its error and that allowed; how long kernels take, runs took, and bytes sent."""
 
     asked: str
     problem: Problem
+    backward: bool
     error: float
     allowed: float
     took: dict[str, float]
@@ -92,7 +93,7 @@ class _Rank:
 
     def run(self) -> int:
         """Check all schemes, then time them in turns; how many were wrong."""
-        cases = [self._case(scheme) for scheme in self._request.schemes]
+        cases = [case for scheme in self._request.schemes for case in self._cases(scheme)]
         for number in range(self._request.rounds):
             self._progress(f"timing {self._request.seq} rows, round {number + 1}")
             for case in cases:
@@ -103,19 +104,25 @@ class _Rank:
                 self._tell({"type": "row", "row": row})
         return sum(not row["correct"] for row in rows)
 
-    def _case(self, scheme: str) -> "_Case":
-        """Check a scheme against one process."""
-        problem = self._problem(scheme, self._request.seq)
+    def _cases(self, scheme: str) -> list["_Case"]:
+        """Check a scheme against one process; a case for each pass."""
+        request = self._request
+        problem = self._problem(scheme, request.seq)
         if scheme == "auto":
             problem = choose(problem, self._network)
-        self._progress(f"{problem.scheme}: checking {self._request.checked} rows")
-        error, single = self._checked(self._problem(problem.scheme, self._request.checked, problem.columns))
-        took = self._modelled(layout(problem)) if self._request.modelled else {}
-        return _Case(scheme, problem, error, max(2 * single, _FLOOR[self._dtype]), took)
+        self._progress(f"{problem.scheme}: checking {request.checked} rows")
+        short = self._problem(problem.scheme, request.checked, problem.columns)
+        found = Check(short, request.checked, self._balance, self._comm, self._text).run(request.backward)
+        cases = []
+        for backward, errors in zip((False, True), found, strict=False):
+            took = self._modelled(layout(problem, backward)) if request.modelled else {}
+            allowed = max(2 * errors.single, _FLOOR[self._dtype])
+            cases.append(_Case(scheme, problem, backward, errors.ours, allowed, took))
+        return cases
 
     def _row(self, case: "_Case") -> dict[str, Any]:
-        """What there is to tell of a scheme."""
-        formula = total_bytes(case.problem, self._balance.name)
+        """What there is to tell of a pass."""
+        formula = total_bytes(case.problem, self._balance.name, case.backward)
         return {
             **self._figures(case),
             "max_error": case.error,
@@ -154,34 +161,11 @@ class _Rank:
             return q, *(self._text(self._balance.indices(rows, world, rank))[1:])
         return self._text(self._balance.indices(rows, world, rank))
 
-    def _checked(self, problem: Problem) -> tuple[float, float]:
-        """The largest error of all ranks, and that of one process by torch's attention, on some rows of each."""
-        rows = self._request.checked
-        q, k, v = self._mine(problem, rows)
-        out, _ = attention_forward(q, k, v, problem, self._comm)
-        whole = self._text(torch.arange(rows))
-        at = self._balance.indices(rows, self._comm.size, self._comm.rank)
-        if problem.scheme == "tree":
-            at = torch.tensor([rows - 1])
-        some = torch.linspace(0, max(0, len(at) - 1), min(SAMPLE, len(at))).long()
-        mask = (torch.arange(rows) <= at[some, None]) if problem.causal else None
-
-        def attend(dtype: torch.dtype) -> Tensor:
-            query, key, value = (tensor.to(dtype) for tensor in (q[:, :, some], *whole[1:]))
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).double()
-
-        exact = attend(torch.float64)
-        ours = out[:, :, some].to(self._dtype).double()
-        errors = [float((found - exact).abs().max()) if len(some) else 0.0 for found in (ours, attend(self._dtype))]
-        largest = self._comm.all_reduce(torch.tensor(errors, dtype=torch.float64), "max").result
-        assert largest is not None
-        return float(largest[0]), float(largest[1])
-
     def _time(self, case: "_Case") -> None:
-        """Run a scheme once, and note how long it took and how many bytes all ranks sent."""
-        binder = Binder(layout(case.problem), self._comm.rank)
+        """Run a pass once, and note how long it took and how many bytes all ranks sent."""
+        binder = Binder(layout(case.problem, case.backward), self._comm.rank)
         q, k, v = self._mine(case.problem, self._request.seq)
-        source = binder.source((q,), (k, v))
+        source = binder.source(self._backward_of(case, q, k, v) if case.backward else (q,), (k, v))
         del q, k, v
         kernels = {name: self._kernel(name, kernel, case.took) for name, kernel in binder.kernels.items()}
         self._comm.barrier()
@@ -192,6 +176,13 @@ class _Rank:
         total = self._comm.all_reduce(torch.tensor([sent], dtype=torch.int64)).result
         assert total is not None
         case.sent = int(total)
+
+    def _backward_of(self, case: "_Case", q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes with queries in the backward pass: a gradient, out and lse; any, where nothing is computed."""
+        if self._request.modelled:
+            return q, q, q, q.new_zeros(q.shape[:3], dtype=partial_dtype(q.dtype))
+        out, lse = attention_forward(q, k, v, case.problem, self._comm)
+        return q, torch.ones_like(q), out.to(q.dtype), lse
 
     def _span(self, begun: float, ended: float) -> float:
         """From when the last rank began until the last one ended, by the host's clock."""
@@ -228,7 +219,7 @@ class _Rank:
 
     def _figures(self, case: "_Case") -> dict[str, Any]:
         """Times, and how well computation and communication overlap; as measured and as simulated."""
-        plan, took = layout(case.problem), min(case.times)
+        plan, took = layout(case.problem, case.backward), min(case.times)
         kernels = self._everyones(case.took)
         emulated = self._request.transport.startswith(PREFIX)
         predicted = self._simulated(plan, kernels) if emulated else None
@@ -237,6 +228,7 @@ class _Rank:
         return {
             "scheme": case.problem.scheme,
             "asked": case.asked,
+            "pass": "backward" if case.backward else "forward",
             "columns": case.problem.columns,
             "ranks": self._comm.size,
             "seq": self._request.seq,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 RUN = "attention"
+BACKWARD = 2.5
+"""Work of the backward pass, in forward passes; as in `parallel.attention.choice.Rates`."""
 LIMIT = 2e11
 """Floating-point operations of the check against one process, at most, unless its length is asked for."""
 
@@ -16,6 +18,7 @@ class AttentionRequest:
     Attributes:
         schemes: run one after the other.
         checked: rows of the sequence whose result is compared with one process.
+        backward: the gradients as well.
         modelled: kernels sleep as long as they would take, instead of computing.
         ratio: of modelled computation to communication (of all rows, over the topology).
         topology: file of the network of an emulated transport; empty: a mesh of links of `bandwidth` and `latency`.
@@ -33,6 +36,7 @@ class AttentionRequest:
     batch: int
     dtype: str
     causal: bool
+    backward: bool
     balance: str
     parts: int
     columns: int
@@ -61,6 +65,7 @@ class AttentionRequest:
         return cls(**{**values, **{name: tuple(values[name]) for name in ("schemes", "data")}})
 
 
-def affordable(seq: int, heads: int, head_dim: int, batch: int) -> int:
+def affordable(seq: int, heads: int, head_dim: int, batch: int, backward: bool = False) -> int:
     """Rows of a sequence whose attention takes no more than LIMIT operations, at most `seq`."""
-    return min(seq, int((LIMIT / (4 * batch * heads * head_dim)) ** 0.5) // 64 * 64 or 64)
+    row = 4 * batch * heads * head_dim * (1 + (BACKWARD if backward else 0.0))
+    return min(seq, int((LIMIT / row) ** 0.5) // 64 * 64 or 64)

@@ -30,10 +30,11 @@ def total_bytes(problem: Problem, balance: str, backward: bool = False) -> int:
     if problem.head_ranks > 1:
         return _by_heads(problem, balance, backward)
     q, out, kv, back = (row_bytes(problem, backward, side) for side in ("q", "out q", "kv", "out kv"))
-    columns = {"token_ring": problem.world, "token_ring_relay": problem.world, "hybrid": problem.columns}
-    width = columns.get(problem.scheme, 1)
-    rows = problem.world // width
     kind = balance if problem.causal else "all"
+    if problem.scheme == "token_ring_relay":
+        return (q + out) * _moved_both_ways(problem, kind)
+    width = {"token_ring": problem.world, "hybrid": problem.columns}.get(problem.scheme, 1)
+    rows = problem.world // width
 
     def q_hops(owner: int, stratum: int) -> int:
         row, column = divmod(owner, width)
@@ -96,11 +97,35 @@ def _home(rows: Sequence[int], place: int, size: int) -> RankBytes:
     return RankBytes(size * (sum(rows) - rows[place]), size * (len(rows) - 1) * rows[place])
 
 
+def _ways(share: Share, parts: int) -> list[tuple[int, int]]:
+    """Of each stratum the rows that go ahead, and those that go back: pieces take turns."""
+    rounds, begins = parts + parts % 2, (0, *share.strata)
+    sizes = [stop - start for start, stop in zip(begins, share.strata, strict=False)]
+    if rounds % len(sizes):
+        sizes = [share.rows]
+    found, first = [], 0
+    for size in sizes:
+        pieces = [stop - start for start, stop in split(size, rounds // len(sizes))]
+        found.append((sum(pieces[first % 2 :: 2]), sum(pieces[1 - first % 2 :: 2])))
+        first += len(pieces)
+    return found
+
+
 def _halves(shares: Sequence[Share], parts: int) -> tuple[list[int], list[int]]:
-    """Of each owner the rows that go ahead, and those that go back; pieces take turns."""
-    cuts = [split(share.rows, parts + parts % 2) for share in shares]
-    ahead, back = ([sum(stop - start for start, stop in cut[odd::2]) for cut in cuts] for odd in (0, 1))
-    return ahead, back
+    """Of each owner the rows that go ahead, and those that go back."""
+    ways = [_ways(share, parts) for share in shares]
+    return [sum(ahead for ahead, _ in mine) for mine in ways], [sum(back for _, back in mine) for mine in ways]
+
+
+def _moved_both_ways(problem: Problem, kind: str) -> int:
+    """Rows times hops of queries that go on to the last rank that has keys for them; early ones need lower ranks."""
+    total, most = 0, problem.world - 1
+    for owner, share in enumerate(problem.queries):
+        for stratum, (ahead, back) in enumerate(_ways(share, problem.parts)):
+            early = kind == "contiguous" or (kind == "zigzag" and not stratum)
+            hops = (most if owner else 0, owner) if early else (most, most)
+            total += ahead * hops[0] + back * hops[1]
+    return total
 
 
 def _both_ways(problem: Problem, rank: int, size: int) -> RankBytes:

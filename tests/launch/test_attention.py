@@ -1,5 +1,6 @@
 """`ringhold attention` with real ranks: its figures, files and refusals."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,7 +19,8 @@ COMMAND = (sys.executable, "-m", "launch.attention", "--ranks", "2", "--seq", "2
 
 def test_figures_trace_and_drawing(tmp_path: Path) -> None:
     trace, drawing = tmp_path / "out.json", tmp_path / "out.svg"
-    given = ("--scheme", "ring,token_ring,tree,auto", "--kv-heads", "2", "--causal", "--json", "--link", "10M")
+    schemes = ("ring", "token_ring", "tree", "auto")
+    given = ("--scheme", ",".join(schemes), "--kv-heads", "2", "--causal", "--backward", "--json", "--link", "10M")
     done = subprocess.run(
         [*COMMAND, *given, "--compute", "modelled", "--trace", str(trace), "--svg", str(drawing)],
         capture_output=True,
@@ -28,12 +30,15 @@ def test_figures_trace_and_drawing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["asked"] for row in rows] == ["ring", "token_ring", "tree", "auto"]
+    assert [(row["asked"], row["pass"]) for row in rows] == list(itertools.product(schemes, ("forward", "backward")))
     for row in rows:
         assert row["ranks"] == 2 and row["correct"] and row["compute"] == "modelled"
         assert row["bytes_sent"] == row["bytes_formula"] > 0
         assert 0 <= row["max_error"] <= row["allowed_error"] < 1e-4
         assert row["time_s"] > 0 and row["predicted_s"] > 0 and row["eta"] is not None
+    for forward, backward in zip(rows[::2], rows[1::2], strict=True):
+        assert backward["max_error"] > 0 and backward["predicted_s"] != forward["predicted_s"]
+        assert backward["bytes_sent"] != forward["bytes_sent"]
     events = json.loads(trace.read_text())["traceEvents"]
     left = {event["id"] for event in events if event["ph"] == "s"}
     assert {event["id"] for event in events if event["ph"] == "f"} <= left and left

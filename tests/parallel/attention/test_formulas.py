@@ -10,7 +10,7 @@ import torch
 from collectives.errors import UsageError
 from parallel.attention.formulas import RankBytes, rank_bytes, total_bytes
 from parallel.attention.layout import SCHEMES, Problem, layout
-from parallel.attention.shares import Run, Share
+from parallel.attention.shares import Balance, Run, Share
 from tests.parallel.attention.played import replicated
 
 EVEN = (13,) * 6
@@ -49,6 +49,20 @@ def test_each_rank_sends_and_receives_what_the_formula_says(scheme: str) -> None
             assert due == moved(problem, backward), problem
             assert sum(mine.sent for mine in due) == total_bytes(problem, "contiguous", backward), problem
             assert world == 1 or sum(mine.sent for mine in due) > 0
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "tree"])
+def test_all_ranks_together_send_what_a_mask_leaves(scheme: str) -> None:
+    for world, balance, causal, parts, backward in itertools.product(
+        (2, 3, 4), ("contiguous", "zigzag", "striped"), (False, True), (1, 5), (False, True)
+    ):
+        for width in (1, 2) if scheme in ("hybrid", "usp") and world != 3 else (1,):
+            cut = Balance(balance).shares(64 if causal else 71, world)
+            problem = Problem(1, 4, 2, 8, torch.float32, cut, cut, causal, 1.0, scheme, width, parts)
+            sent = [mine.sent for mine in moved(problem, backward)]
+            assert sum(sent) == total_bytes(problem, balance, backward), problem
+            if not causal:
+                assert sent == [rank_bytes(problem, rank, backward).sent for rank in range(world)], problem
 
 
 def test_a_mask_spares_bytes_that_only_the_total_counts() -> None:
