@@ -29,6 +29,13 @@ from parallel.scale.transformer import Transformer
 @click.option("--pp", type=click.IntRange(1), default=1, show_default=True, help="Stages of the pipeline.")
 @click.option("--cp", type=click.IntRange(1), default=1, show_default=True, help="Context-parallel ranks.")
 @click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Ranks that divide the experts.")
+@click.option(
+    "--expert-ranks",
+    type=click.Choice(["near", "far"]),
+    default="near",
+    show_default=True,
+    help="Ranks of an expert group: next to each other, or a context group apart.",
+)
 @click.option("--batch", type=click.IntRange(1), help="Sequences of a step, in all.  [default: as small as it may be]")
 @click.option("--microbatch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--interleave", type=click.IntRange(1), default=1, show_default=True, help="Parts of a stage.")

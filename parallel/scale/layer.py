@@ -166,7 +166,8 @@ class Layers:
             return Passes(seconds, seconds, Seconds())
         # Tokens go to their experts before tensor-parallel ranks exchange them: once for each visit, and nothing hides.
         visits = stream * model.top_k
-        exchange = self.cluster.group(strategy.ep, strategy.tp).exchange(visits / self.spread)
+        stride = strategy.tp * (strategy.cp if strategy.expert_ranks == "far" else 1)
+        exchange = self.cluster.group(strategy.ep, stride).exchange(visits / self.spread)
         # Sorted by rank and, there, by expert, and back: all of them read and written.
         sorting = 2 * kernels.memory(2 * visits / self.spread) + 2 * kernels.memory(2 * visits)
         seconds = Seconds(

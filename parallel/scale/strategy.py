@@ -10,6 +10,7 @@ from parallel.scale.transformer import Transformer
 Recompute = Literal["none", "selective", "full"]
 Attention = Literal["auto", "flash", "unfused"]
 Precision = Literal["bf16", "fp8"]
+ExpertRanks = Literal["near", "far"]
 
 
 class Strategy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,6 +44,8 @@ class Strategy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """`unfused` writes the scores to memory; `auto`: as the cluster's software does."""
     precision: Precision = "bf16"
     """Of the large matrix products."""
+    expert_ranks: ExpertRanks = "near"
+    """Ranks of an expert group: next to each other (folded, arXiv 2504.14960), or a context group apart."""
     gradient_bytes: int = 0
     """Bytes of a gradient in memory and on the wire; 0: as the cluster's software has them."""
 

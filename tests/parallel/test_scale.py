@@ -134,6 +134,9 @@ def test_experts_across_nodes_cost_more() -> None:
     # Each rank sends 7 of 8 parts of its tokens over its own card, whatever the others of its node do.
     group = cluster.group(8, 8)
     assert group.exchange(8e9) == pytest.approx(7e9 / cluster.network, rel=0.01)
+    experts = Strategy(batch=16, dp=2, tp=2, cp=4, ep=2)
+    far = msgspec.structs.replace(experts, expert_ranks="far")
+    assert predict(model, far, cluster).seconds.expert > 1.5 * predict(model, experts, cluster).seconds.expert
     assert cluster.group(8, 4).exchange(8e9) == pytest.approx(6e9 / cluster.network, rel=0.01)
 
 
