@@ -7,7 +7,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -78,6 +80,24 @@ def _sentence(error: click.ClickException) -> str:
 
 def _complain(message: str) -> None:
     print(f"ringhold: error: {message}", file=sys.stderr)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Write warnings of this block to stderr behind it, one line each; those that begin alike, as one of each layer
+    does, as one with their number."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            yield
+        finally:
+            texts = dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)
+            alike: dict[str, list[str]] = {}
+            for text in texts:
+                alike.setdefault(text.partition(" (")[0], []).append(text)
+            for first, *others in alike.values():
+                more = f" (and {len(others)} more like this)" if others else ""
+                print(f"ringhold: warning: {first}{more}", file=sys.stderr)
 
 
 def replay(subcommand: str) -> str:

@@ -9,6 +9,7 @@ import click
 
 from collectives.errors import UsageError
 from launch.bench_request import parse_size
+from launch.console import told
 from launch.scale_options import model_options
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def command(**given: Any) -> None:
     """Plan where every tensor of a training step lives on a mesh of ranks.
 
     Bytes are those that all ranks together send. FUNCTION of --step takes nothing and returns a captured step, or what
-    `parallel.capture` takes: a loss function of model and batch, the model, its optimizer, and a batch; build the model
-    under torch.device("meta") and nothing is allocated. With --config and --devices it plans on paper for a cluster.
+    `parallel.capture` takes, in this order: a loss function of model and batch, the model, its optimizer, and a batch.
+    Build the model under torch.device("meta") and nothing is allocated. FILE is run as `python FILE` would run it. With
+    --config and --devices it plans on paper for a cluster.
 
     \b
     ringhold plan --example mlp --batch 1024 --hidden 128 --mesh 4
@@ -55,14 +57,16 @@ def command(**given: Any) -> None:
     if chosen == ["config"]:
         from launch import plan_scale
 
-        for flag in ("mesh", "profile", "html", "redundancy"):
-            if given[flag] is not None:
-                raise UsageError(f"--{flag} is for --example and --step; --config plans for --devices")
+        for flag in ("mesh", "profile", "html", "redundancy", "pins", "explain", "untied"):
+            if given[flag]:
+                name = {"pins": "pin"}.get(flag, flag)
+                raise UsageError(f"--{name} is for --example and --step; --config plans for --devices")
         plan_scale.run(given["config"], {**given, "memory": memory, "hardware": given["hardware"] or "h100"})
         return
     if given["devices"] is not None:
         raise UsageError("--devices is for --config; say the ranks of --example and --step by --mesh")
-    _plan_step(given, memory)
+    with told():
+        _plan_step(given, memory)
 
 
 def _plan_step(given: dict[str, Any], memory: int | None) -> None:

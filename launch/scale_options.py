@@ -12,7 +12,7 @@ from parallel.scale.transformer import Transformer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_NUMBERS = {
+NUMBERS = {
     "layers": "Number of layers.",
     "hidden": "Width of the model.",
     "heads": "Attention heads.",
@@ -27,7 +27,7 @@ _NUMBERS = {
 
 def model_options(command: Command) -> Command:
     """Add --config and a flag for each number of a model, which goes before what the file says."""
-    for name, text in reversed(_NUMBERS.items()):
+    for name, text in reversed(NUMBERS.items()):
         command = click.option(f"--{name.replace('_', '-')}", name, type=click.IntRange(1), help=text)(command)
     command = click.option("--gated/--not-gated", default=None, help="Feed-forward blocks of three matrices.")(command)
     command = click.option("--tied/--not-tied", default=None, help="One table for embedding and output.")(command)
@@ -41,7 +41,7 @@ def model_of(config: str | None, given: dict[str, Any]) -> Transformer:
         UsageError: too little is said of it, or what is said does not make a model.
 
     """
-    numbers = {name: given[name] for name in (*_NUMBERS, "gated", "tied") if given.get(name) is not None}
+    numbers = {name: given[name] for name in (*NUMBERS, "gated", "tied") if given.get(name) is not None}
     if config is not None:
         model = Transformer.load(config)
         return msgspec.structs.replace(model, **numbers) if numbers else model

@@ -1,6 +1,7 @@
 """`ringhold plan`: what it prints, the user's own step, pins, pages, and what it refuses."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,10 @@ def test_a_cluster_is_planned_on_paper(capsys: pytest.CaptureFixture[str]) -> No
         ("plan --config llama3-8b --devices 7919 --batch 64", 2, "nothing divides"),
         ("plan --config llama3-405b --devices 8 --batch 64", 1, "none of"),
         ("plan --config llama3-8b --devices 8 --mesh 4", 2, "--devices"),
+        ("plan --config llama3-8b --devices 8 --pin x=B", 2, "--pin is for"),
+        ("plan --step train.py:make --batch 8", 2, "--batch is not for --step: the step has sizes of its own"),
+        ("plan --example mlp --layers 3", 2, "--layers is not for --example mlp: it takes --hidden and --batch"),
+        ("plan --example vit --seq 64", 2, "--seq is not for --example vit: it takes --batch"),
         ("plan --config llama3-8b --devices 8 --redundancy 1", 2, "--redundancy is for"),
         ("plan --example mlp --redundancy 2", 2, "redundancy"),
     ],
@@ -167,7 +172,7 @@ def test_what_cannot_be_planned(arguments: str, code: int, message: str, capsys:
     ("function", "message"),
     [
         ("broken", "ValueError: no data here"),
-        ("wrong", "must return"),
+        ("wrong", "must return a Step, or loss function, model, optimizer and batch, not a int"),
         ("constant", "no function"),
         ("none", "no function"),
     ],
@@ -178,3 +183,44 @@ def test_steps_that_are_none(function: str, message: str, tmp_path: Path, capsys
     code, _, err = run(capsys, "plan", "--step", f"{path}:{function}")
     assert code == 2
     assert message in err
+
+
+OUTSIDER = """
+import beside
+import sys
+import torch
+from torch import nn
+
+print("loading data")
+weights = torch.ones(4)
+
+def make_step():
+    print("building")
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    loss = lambda m, b: torch.fft.rfft(torch.fft.rfft(m(b)).abs()).abs().sum()
+    return [loss, model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 8)]
+
+def leaves():
+    sys.exit(0)
+"""
+
+
+def test_a_users_file_may_print_and_import_and_is_told_what_is_not_sharded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside.py").write_text("")
+    path = tmp_path / "outsider.py"
+    path.write_text(OUTSIDER)
+    code, out, err = run(capsys, "plan", "--step", f"{path}:make_step", "--mesh", "x=2,y=2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["mesh"] == {"x": 2, "y": 2}
+    lines = err.splitlines()
+    assert lines[:2] == ["loading data", "building"]
+    told = [line for line in lines if line.startswith("ringhold: warning: aten._fft_r2c.default (node")]
+    assert len(told) == 1
+    assert told[0].endswith("every rank will do all of it (and 1 more like this)")
+    assert "options.py" not in err
+    code, _, err = run(capsys, "plan", "--step", f"{path}:leaves")
+    assert code == 2
+    assert "the function raised SystemExit: 0" in err
