@@ -15,8 +15,11 @@ from itertools import product
 from typing import TypeAlias
 
 from collectives.algorithms.draft import Draft
-from collectives.algorithms.sequence import Attend, Copy, Merge, Needed, Piece, Side, Task
+from collectives.algorithms.sequence import Attend, Copy, Merge, Needed, Piece, Side, Task, colour
 from collectives.region import Range
+
+_SPACED = 3
+"""Steps from one use of a piece to the next: in the last of them copies are made, and results merged."""
 
 Direction: TypeAlias = Callable[[int, tuple[int, int]], int]
 """(round, (hops ahead, hops back)): +1 or -1, where pieces of the round go."""
@@ -48,9 +51,12 @@ def both_ways(number: int, hops: tuple[int, int]) -> int:
 class Grid:
     """Adds attention over a grid of ranks to a draft. `ranks[row][column]`; owners are the ranks themselves.
 
-    `abreast` rounds of the keys, a divisor of their number, travel at once, and all of the queries. The regions
-    ("q", owner, round) and ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and
-    ("out kv", owner, round) where the side has a result, are complete behind step `end`.
+    As many rounds of a side travel at once as the first of its `lanes` that divides their number. The tokens ("q",
+    owner, round) and ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and ("out kv", owner,
+    round) where the side has a result, are complete behind step `end`.
+
+    What travels takes memory for two or three pieces a lane: one is computed with while the next arrives. Only where
+    queries meet keys that travel as well are those of the whole row kept, until the last keys have passed.
     """
 
     def __init__(
@@ -64,15 +70,21 @@ class Grid:
         needed: Needed,
         q_way: Direction,
         kv_way: Direction,
-        abreast: int,
+        lanes: tuple[Sequence[int], Sequence[int]],
     ) -> None:
-        self._abreast = {q.name: q.rounds, kv.name: abreast}
         self._draft, self._tasks = draft, tasks
         self._ranks, self._q, self._kv, self._needed = ranks, q, kv, needed
         self._rows, self._columns = len(ranks), len(ranks[0])
+        self._keeps = self._rows > 1 or kv.rounds > 1
+        self._abreast = {
+            side.name: next((count for count in counts if side.rounds % count == 0), 1)
+            for side, counts in zip((q, kv), lanes, strict=True)
+        }
+        if self._keeps:
+            self._abreast[q.name] = q.rounds
         self._first = first + 1
         self._seen: set[tuple[int, str, Piece]] = set()
-        self.end = self._step(kv.rounds - 1, self._rows - 1, q.rounds - 1, self._columns - 1) + 2
+        self.end = self._step(kv.rounds - 1, self._rows - 1, q.rounds - 1, self._columns - 1) + 5
         self._q_trips = [self._trip(q, number, q_way) for number in range(q.rounds)]
         self._kv_trips = [self._trip(kv, number, kv_way) for number in range(kv.rounds)]
 
@@ -92,7 +104,7 @@ class Grid:
             abreast = self._abreast[side.name]
             together, place = divmod(number, abreast)
             places.append((together * stations + at) * abreast + place)
-        return self._first + places[0] * self._q.rounds * self._columns + places[1]
+        return self._first + _SPACED * (places[0] * self._q.rounds * self._columns + places[1])
 
     # --- who travels how far ---
 
@@ -138,11 +150,10 @@ class Grid:
             side, piece, number, turn, hops[owner], begin, rank, self._ranks[(row + way) % self._rows][column]
         )
         here = turn <= hops[owner]
-        for hop in range(self._columns):
-            for q_round in range(self._q.rounds):
-                self._queries(
-                    row, column, number, turn, q_round, hop, piece if here else piece._replace(stop=piece.start)
-                )
+        met = piece if here else piece._replace(stop=piece.start)
+        visits = product(range(self._q.rounds), range(self._columns))
+        for q_round, hop in sorted(visits, key=lambda at: self._step(number, turn, *at)):
+            self._queries(row, column, number, turn, q_round, hop, met)
         if turn and side.result:
             last = self._step(number, turn, self._q.rounds - 1, self._columns - 1)
             self._send_home(side, piece, number, turn, last, rank)
@@ -185,52 +196,47 @@ class Grid:
         """Send a piece to the next rank, if anybody there or beyond needs it."""
         if hop >= hops or not piece.rows:
             return
-        span = self._slot(side, piece, number)
-        if not hop and self._reuses(side):
+        span = self._data(side, piece, number, 1)
+        if not hop:
             task = Copy(piece, side.name)
             self._tasks[str(task)] = task
-            self._draft.compute(step - 1, rank, str(task), [span], [self._own(side, piece, number)])
+            self._draft.compute(step - 1, rank, str(task), [span], [self._data(side, piece, number, 0)])
         self._draft.move(step, rank, ahead, span)
 
     def _send_home(self, side: Side, piece: Piece, number: int, hop: int, step: int, rank: int) -> None:
-        """Send what was found for a piece to its owner, who merges it."""
+        """Send what was found for a piece to its owner, who merges it, both behind what they do in the next step."""
         if (rank, side.name, piece) not in self._seen or not piece.rows:
             return
         partial = self._target(side, piece, number, hop)
-        self._draft.move(step + 1, rank, piece.owner, partial)
+        self._draft.move(step + _SPACED + 1, rank, piece.owner, partial)
         task = Merge(side.name, piece)
         self._tasks[str(task)] = task
         home = self._target(side, piece, number, 0)
-        self._draft.compute(step + 2, piece.owner, str(task), [home], [partial, home])
+        self._draft.compute(step + _SPACED + 2, piece.owner, str(task), [home], [partial, home])
 
     # --- where things are ---
 
-    def _reuses(self, side: Side) -> bool:
-        """Whether the rounds of a side follow each other through the same memory."""
-        return side.rounds > self._abreast[side.name]
-
-    def _own(self, side: Side, piece: Piece, number: int) -> Range:
-        return self._draft.region((side.name, piece.owner, number), piece.rows * side.moved)
-
-    def _slot(self, side: Side, piece: Piece, number: int) -> Range:
-        """Where a piece is while it travels."""
-        if not self._reuses(side):
-            return self._own(side, piece, number)
-        place = ("slot", side.name, piece.owner, number % self._abreast[side.name])
-        return self._draft.region(place, piece.rows * side.moved, side.room(side.moved))
-
     def _data(self, side: Side, piece: Piece, number: int, hop: int) -> Range:
-        return self._slot(side, piece, number) if hop else self._own(side, piece, number)
+        """Where a piece is: the token at home, or while it travels."""
+        if not hop:
+            return self._draft.region((side.name, piece.owner, number), side.token(piece, side.moved))
+        return self._shared("slot", side, piece, number, 1, side.moved)
 
     def _target(self, side: Side, piece: Piece, number: int, hop: int) -> Range:
-        """Where the result of a piece is put together: at home, or at a rank after so many hops.
+        """Where the result of a piece is put together: the token at home, or at a rank after so many hops.
 
-        Neighbours use different memory, so that one can be merged at home while the next arrives.
+        If pieces travel one at a time, the next one's is elsewhere: it is begun before this one's has left.
         """
-        size = piece.rows * side.result
         if not hop:
-            return self._draft.region(("out " + side.name, piece.owner, number), size)
-        place = ("partial", side.name, piece.owner, number % self._abreast[side.name], hop % 2)
-        if not self._reuses(side):
-            return self._draft.region((*place, number), size)
-        return self._draft.region(place, size, side.room(side.result))
+            return self._draft.region(("out " + side.name, piece.owner, number), side.token(piece, side.result))
+        turn = hop % 2 if self._abreast[side.name] == 1 else 0
+        return self._shared(f"partial {turn}", side, piece, number, hop, side.result)
+
+    def _shared(self, use: str, side: Side, piece: Piece, number: int, hop: int, row: int) -> Range:
+        """Memory that pieces use in turns, if none of them is kept, and those of owners `hop` apart never at once."""
+        if side is self._q and self._keeps:
+            return self._draft.region((use, side.name, piece.owner, number), piece.rows * row)
+        place = self._place(piece.owner)
+        at = colour(place[1], hop, self._columns) if side is self._q else colour(place[0], hop, self._rows)
+        lane = number % self._abreast[side.name]
+        return self._draft.region((use, side.name, lane, at), piece.rows * row, side.room(row))

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from collectives.algorithms.draft import Draft
-from collectives.algorithms.sequence import Pack, Pieces, Task, Unpack
+from collectives.algorithms.sequence import Pack, Task, Tokens, Unpack
 
 Parts: TypeAlias = dict[str, dict[tuple[int, int], int]]
 """By side and (rank that has the rows, rank that has the heads), bytes."""
 
 
-def exchange(draft: Draft, tasks: dict[str, Task], group: Sequence[int], parts: Parts, pieces: Pieces) -> None:
+def exchange(draft: Draft, tasks: dict[str, Task], group: Sequence[int], parts: Parts, tokens: Tokens) -> None:
     """Each rank of a group gets from all others its heads of their rows, and packs them; in steps 0 and 1.
 
-    Sources hold the regions ("in " + side, source, destination); `pieces[side][rank]` are the bytes of the regions
-    (side, rank, round) that these are packed to.
+    Sources hold the regions ("in " + side, source, destination); they are packed into tensors for which the tokens
+    (side, rank, round) of `tokens[side][rank]` stand.
     """
     for side, sizes in parts.items():
         for dst in group:
@@ -30,20 +30,20 @@ def exchange(draft: Draft, tasks: dict[str, Task], group: Sequence[int], parts: 
                 draft.move(0, src, dst, incoming[-1])
             task = Pack(side, dst)
             tasks[str(task)] = task
-            packed = [draft.region((side, dst, number), size) for number, size in enumerate(pieces[side][dst])]
+            packed = [draft.region((side, dst, number), size) for number, size in enumerate(tokens[side][dst])]
             draft.compute(1, dst, str(task), packed, incoming)
 
 
 def give_back(
-    draft: Draft, tasks: dict[str, Task], first: int, group: Sequence[int], parts: Parts, pieces: Pieces
+    draft: Draft, tasks: dict[str, Task], first: int, group: Sequence[int], parts: Parts, tokens: Tokens
 ) -> None:
-    """The reverse, from step `first` on: results ("out " + side, rank, round) go to where their rows came from.
+    """The reverse, from step `first` on: results of the tokens ("out " + side, rank, round) go where rows came from.
 
     There they are wanted as the regions ("back " + side, that rank, the rank with the heads).
     """
     for side, sizes in parts.items():
         for dst in group:
-            found = [draft.region(("out " + side, dst, number), size) for number, size in enumerate(pieces[side][dst])]
+            found = [draft.region(("out " + side, dst, number), size) for number, size in enumerate(tokens[side][dst])]
             outgoing = [draft.region(("back " + side, src, dst), sizes[src, dst]) for src in group]
             task = Unpack(side, dst)
             tasks[str(task)] = task

@@ -7,11 +7,14 @@ same bits: DistAttention (Lin et al., 2024, arXiv:2401.02669). Used by `parallel
 from collections.abc import Sequence
 
 from collectives.algorithms.draft import Draft
-from collectives.algorithms.sequence import Attend, Merge, Piece, Task, TreeSizes
+from collectives.algorithms.sequence import TOKEN, Attend, Merge, Piece, Task, TreeSizes
 
 
 def tree(draft: Draft, tasks: dict[str, Task], q: Piece, keys: Sequence[Piece], sizes: TreeSizes) -> None:
-    """Every rank holds ("q", rank, 0) and ("kv", rank, 0); all want the same region, and ("out kv", rank, 0) if any."""
+    """Every rank holds the tokens ("q", rank, 0) and ("kv", rank, 0); all want the same region, which has the result.
+
+    For gradients of keys they want the token ("out kv", rank, 0) as well.
+    """
     world = len(keys)
     levels = (world - 1).bit_length()
     level = [(rank & -rank).bit_length() - 1 if rank else levels for rank in range(world)]
@@ -19,12 +22,13 @@ def tree(draft: Draft, tasks: dict[str, Task], q: Piece, keys: Sequence[Piece], 
     for rank, piece in enumerate(keys):
         task = Attend(q._replace(owner=rank), piece, True, True if sizes.kv_result and piece.rows else None)
         tasks[str(task)] = task
-        draft.hold(rank, ("q", rank, 0), sizes.q)
-        draft.hold(rank, ("kv", rank, 0), sizes.kv * piece.rows)
+        tokens = [(TOKEN if size else 0) for size in (sizes.q, sizes.kv * piece.rows, sizes.kv_result * piece.rows)]
+        draft.hold(rank, ("q", rank, 0), tokens[0])
+        draft.hold(rank, ("kv", rank, 0), tokens[1])
         draft.want(rank, ("found", levels), sizes.result)
-        draft.want(rank, ("out kv", rank, 0), sizes.kv_result * piece.rows)
-        data = [draft.region((side, rank, 0), size) for side, size in (("q", sizes.q), ("kv", sizes.kv * piece.rows))]
-        targets = [found[level[rank]], draft.region(("out kv", rank, 0), sizes.kv_result * piece.rows)]
+        draft.want(rank, ("out kv", rank, 0), tokens[2])
+        data = [draft.region((side, rank, 0), size) for side, size in zip(("q", "kv"), tokens, strict=False)]
+        targets = [found[level[rank]], draft.region(("out kv", rank, 0), tokens[2])]
         draft.compute(0, rank, str(task), targets, data)
     merge = Merge("q", q)
     if levels:

@@ -2,11 +2,18 @@
 
 Sizes are bytes. What a kernel does is said by its name, the text of a `Task` with the pieces that it works on; the
 arithmetic is in `parallel.attention`. The same builders serve forward and backward: only the bytes of a row differ.
+
+What a rank owns, of inputs and of results, stays in its tensors, and its kernels find it there. In the work buffer
+TOKEN bytes stand for a piece of it, so that a schedule says who reads and writes it when; only what travels has room.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import NamedTuple, TypeAlias
+
+TOKEN = 1
+"""Bytes that stand for what lies in a rank's own tensors."""
 
 
 class Piece(NamedTuple):
@@ -26,7 +33,7 @@ class Attend(NamedTuple):
     """Kernel: queries of a piece against keys of another. `*_first`: its target is set, not added to; None: no target.
 
     Called with (query target, key target, queries, keys, query target, key target), each only if it is there and not
-    empty; targets that are set for the first time are not read.
+    empty, and a token for the rank's own; targets that are set for the first time are not read.
     """
 
     q: Piece
@@ -56,7 +63,7 @@ class Merge(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Kernel: called with (target, source)."""
+    """Kernel: a piece of the rank's own, put where it can be sent from. Called with (target, token)."""
 
     piece: Piece
     side: str
@@ -66,7 +73,7 @@ class Copy(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Kernel: what came from the ranks of a group, put together by rows; called with (pieces..., parts...)."""
+    """Kernel: what came from the ranks of a group, put together by rows; called with (tokens..., parts...)."""
 
     side: str
     rank: int
@@ -76,7 +83,7 @@ class Pack(NamedTuple):
 
 
 class Unpack(NamedTuple):
-    """Kernel: the reverse; called with (parts..., pieces...)."""
+    """Kernel: the reverse; called with (parts..., tokens...)."""
 
     side: str
     rank: int
@@ -109,9 +116,13 @@ class Side:
         """Bytes of the largest piece, with so many bytes a row."""
         return row * max(piece.rows for mine in self.pieces.values() for piece in mine)
 
+    def token(self, piece: Piece, row: int) -> int:
+        """What stands for a piece in its owner's tensors, if there is anything of it, with so many bytes a row."""
+        return TOKEN if piece.rows * row else 0
 
-Pieces: TypeAlias = dict[str, dict[int, tuple[int, ...]]]
-"""By side and rank, the bytes of its pieces by round."""
+
+Tokens: TypeAlias = dict[str, dict[int, tuple[int, ...]]]
+"""By side and rank, the bytes of the tokens of its pieces by round."""
 
 
 class TreeSizes(NamedTuple):
@@ -125,6 +136,17 @@ class TreeSizes(NamedTuple):
 
 Needed: TypeAlias = Callable[[Piece, Piece], bool]
 """(queries, keys): whether any of the queries attends to any of the keys."""
+
+
+def colour(place: int, hop: int, stations: int) -> int:
+    """A number of a place on a circle, as small as can be, that differs from those of the places `hop` further on.
+
+    It tells apart the memory of what is at a rank at once: 0 or 1, and 2 at the seam of a circle of odd length.
+    """
+    circles = gcd(stations, hop)
+    length = stations // circles
+    at = place // circles * pow(hop // circles, -1, length) % length
+    return 2 if length % 2 and at == length - 1 else at % 2
 
 
 def name_of(piece: Piece) -> str:

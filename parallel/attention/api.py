@@ -21,10 +21,12 @@ from collectives.topology import Topology
 from parallel.attention.choice import choose
 from parallel.attention.kernels import Binder
 from parallel.attention.layout import Problem, layout
-from parallel.attention.local import partial_dtype
 from parallel.attention.shares import Balance, Run, Share
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PIECE = 2**20
+"""Bytes of a piece, at least, unless it is asked for: smaller ones gain less than their messages and kernels cost."""
+MOST_PARTS = 16
 Members = Communicator | SubGroup
 Lengths = tuple[tuple[int, ...], tuple[int, ...]]
 """Rows of the queries and of the keys that each rank has."""
@@ -40,7 +42,7 @@ def sequence_attention(
     balance: str | Balance = "contiguous",
     *,
     scale: float | None = None,
-    parts: int = 1,
+    parts: int | None = None,
     columns: int = 1,
     lengths: Lengths | None = None,
     topology: Topology | None = None,
@@ -57,7 +59,8 @@ def sequence_attention(
         balance: which rows each member has: "contiguous" (pieces of any lengths), "zigzag", "striped", or a `Balance`
             for packed documents.
         scale: of the scores; None: 1/sqrt(D).
-        parts: into how many pieces a member's rows are cut to overlap transfers with computation.
+        parts: into how many pieces a member's rows are cut: transfers of one overlap with computing on another, and
+            memory is needed for a few pieces of others, not for all of them. None: 1 to 16, of 1 MiB or more.
         columns: members of a node ("hybrid"), or that share the heads ("usp").
         lengths: the rows of all members, if known; else they are gathered first.
         topology: the network, for "auto".
@@ -86,7 +89,7 @@ def sequence_attention(
         1 / math.sqrt(q.shape[3]) if scale is None else scale,
         "ring" if scheme == "auto" else scheme,
         columns,
-        parts,
+        _parts(k, rows[1]) if parts is None else parts,
     )
     if scheme == "auto":
         problem = choose(problem, topology)
@@ -127,12 +130,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, comm: M
     plan = layout(problem)
     binder = Binder(plan, comm.rank)
     outcome = comm.redistribute(plan.schedule, binder.source((q,), (k, v)), kernels=binder.kernels)
-    partial = partial_dtype(problem.dtype)
-    out, lse = (
-        torch.zeros_like(q, dtype=partial, memory_format=torch.contiguous_format),
-        q.new_zeros(q.shape[:3], dtype=partial),
-    )
-    binder.results(_line(outcome.result), (out, lse), ())
+    out, lse = binder.results(_line(outcome.result))
     return out, lse
 
 
@@ -145,10 +143,8 @@ def attention_backward(
     binder = Binder(plan, comm.rank)
     source = binder.source((q, grad_out, out, lse), (k, v))
     outcome = comm.redistribute(plan.schedule, source, kernels=binder.kernels)
-    partial = partial_dtype(problem.dtype)
-    found = [torch.zeros(tensor.shape, dtype=partial) for tensor in (q, k, v)]
-    binder.results(_line(outcome.result), found[:1], found[1:])
-    return found[0], found[1], found[2]
+    grad_q, grad_k, grad_v = binder.results(_line(outcome.result))
+    return grad_q, grad_k, grad_v
 
 
 class _Attention(torch.autograd.Function):
@@ -197,6 +193,13 @@ def _gathered(queries: int, keys: int, comm: Members) -> Lengths:
     )
     found = _line(outcome.result)
     return tuple(found[:, 0].tolist()), tuple(found[:, 1].tolist())
+
+
+def _parts(k: Tensor, rows: tuple[int, ...]) -> int:
+    """Into how many pieces to cut rows, so that each has PIECE bytes of keys and values; on all ranks alike."""
+    batch, heads, _, dim = k.shape
+    held = 2 * batch * heads * dim * k.element_size() * max(rows)
+    return min(MOST_PARTS, max(1, held // PIECE))
 
 
 def _shares(balance: Balance, rows: tuple[int, ...], comm: Members, replicated: bool) -> tuple[Share, ...]:

@@ -112,7 +112,8 @@ class Layout:
 
     Attributes:
         tasks: what the kernels do, by name.
-        held, wanted: by rank, the keys of the regions that it gives and gets, in the order of their elements.
+        held, wanted: by rank, the keys of the regions that it gives and gets, in the order of their elements; tokens,
+            but for heads that are exchanged and the result of a tree.
         queries, keys: by rank, the rows that pieces count (of its group, where heads are shared).
         pieces: by side and rank, what these are cut into.
         segments: by rank, where these rows come from, for queries and keys.
@@ -212,8 +213,8 @@ class _Builder:
         for rank in world:
             for side in (q, kv):
                 for number, piece in enumerate(side.pieces[rank]):
-                    draft.hold(rank, (side.name, rank, number), piece.rows * side.moved)
-                    draft.want(rank, ("out " + side.name, rank, number), piece.rows * side.result)
+                    draft.hold(rank, (side.name, rank, number), side.token(piece, side.moved))
+                    draft.want(rank, ("out " + side.name, rank, number), side.token(piece, side.result))
         if problem.scheme == "token_ring_relay":
             relay(draft, self._tasks, list(world), q, kv, self._needed)
             return
@@ -229,7 +230,7 @@ class _Builder:
         sides = {rank: self._sides([rank]) for rank in range(problem.world)}
         for group in groups:
             parts = {side: self._parts(group, side, side) for side in ("q", "kv")}
-            exchange(draft, self._tasks, group, parts, self._sizes(sides, group, result=False))
+            exchange(draft, self._tasks, group, parts, self._tokens(sides, group, result=False))
         ends = []
         for column in range(share):
             ranks = [group[column] for group in groups]
@@ -239,8 +240,7 @@ class _Builder:
         for group in groups:
             names = ("q", "kv") if self._backward else ("q",)
             parts = {side: self._parts(group, side, "out " + side) for side in names}
-            pieces = {side: found for side, found in self._sizes(sides, group, result=True).items() if side in names}
-            give_back(draft, self._tasks, max(ends) + 1, group, parts, pieces)
+            give_back(draft, self._tasks, max(ends) + 1, group, parts, self._tokens(sides, group, result=True))
 
     def _tree(self) -> None:
         problem = self._problem
@@ -255,9 +255,9 @@ class _Builder:
         problem = self._problem
         short = shortest(problem.causal)
         kv_way = both_ways if problem.scheme == "bidirectional" else short
-        lanes = (4, 2) if problem.scheme == "bidirectional" else (2,)  # one is computed with while another travels
-        abreast = next((count for count in lanes if kv.rounds % count == 0), 1)
-        return Grid(self._draft, self._tasks, first, ranks, q, kv, self._needed, short, kv_way, abreast)
+        # One is computed with while another travels. Of queries the results travel too, and behind the computation.
+        lanes = (4, 2), (4, 2) if problem.scheme == "bidirectional" else (2,)
+        return Grid(self._draft, self._tasks, first, ranks, q, kv, self._needed, short, kv_way, lanes)
 
     def _sides(self, ranks: Sequence[int]) -> tuple[Side, Side]:
         """Queries and keys of ranks with equal heads."""
@@ -289,14 +289,14 @@ class _Builder:
         sizes = {dst: row_bytes(self._problem, self._backward, region, heads_of(self._problem, dst)) for dst in group}
         return {(src, dst): shares[src].rows * size for src in group for dst, size in sizes.items()}
 
-    def _sizes(
+    def _tokens(
         self, sides: dict[int, tuple[Side, Side]], group: Sequence[int], result: bool
     ) -> dict[str, dict[int, tuple[int, ...]]]:
         found: dict[str, dict[int, tuple[int, ...]]] = {"q": {}, "kv": {}}
         for rank in group:
             for side in sides[rank]:
                 row = side.result if result else side.moved
-                found[side.name][rank] = tuple(piece.rows * row for piece in side.pieces[rank])
+                found[side.name][rank] = tuple(side.token(piece, row) for piece in side.pieces[rank])
         return found
 
     def _needed(self, q: Piece, kv: Piece) -> bool:

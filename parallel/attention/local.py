@@ -4,7 +4,7 @@ The work is done by torch's flash attention for CPU, which knows fully visible a
 computed in fp32, so that partial results lose nothing before they are merged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from parallel.attention.merge import merge
 from parallel.attention.shares import Tile
 
+ROWS = 1024
+"""Queries that are computed with at once: 2 MiB of eight heads of 64 in fp32, which stay in the caches until merged."""
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -39,7 +41,7 @@ def attend(
         lse.fill_(-torch.inf)
         first = False
     done = 0  # rows that have something
-    for q0, q1, k0, k1, causal in tiles:
+    for q0, q1, k0, k1, causal in _cut(tiles):
         found, found_lse = _flash(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], 0.0, causal, scale=scale)
         if first and q0 >= done:
             out[:, :, q0:q1] = found
@@ -72,7 +74,7 @@ def gradients(
     """
     dtype = lse.dtype
     q, k, v, grad_out, out = (tensor.to(dtype) for tensor in (q, k, v, grad_out, out))
-    for q0, q1, k0, k1, causal in tiles:
+    for q0, q1, k0, k1, causal in _cut(tiles):
         queries, keys = slice(q0, q1), slice(k0, k1)
         found = _flash_backward(
             grad_out[:, :, queries],
@@ -88,6 +90,21 @@ def gradients(
         for target, rows, gradient in zip((grad_q, grad_k, grad_v), (queries, keys, keys), found, strict=True):
             if target is not None:
                 target[:, :, rows] += gradient
+
+
+def _cut(tiles: Iterable[Tile]) -> Iterator[Tile]:
+    """The same as tiles of few queries: what flash attention makes of one is a copy, to be merged into what is there.
+
+    Of a causal tile, the keys that all rows of such a part see come first, and its own part of the diagonal behind.
+    """
+    for q0, q1, k0, k1, causal in tiles:
+        for start in range(q0, q1, ROWS):
+            stop = min(start + ROWS, q1)
+            seen = min(start - q0, k1 - k0) if causal else k1 - k0
+            if seen:
+                yield Tile(start, stop, k0, k0 + seen, False)
+            if causal and k0 + seen < k1:
+                yield Tile(start, stop, k0 + seen, min(k1, k0 + seen + stop - start), True)
 
 
 def _covers(tiles: Sequence[Tile], rows: int) -> bool:

@@ -14,7 +14,6 @@ from collectives.region import Ranges
 from collectives.schedule import Schedule
 from parallel.attention.kernels import Binder
 from parallel.attention.layout import Problem, layout
-from parallel.attention.local import partial_dtype
 from parallel.attention.shares import Balance, Run, Share, unshard
 
 
@@ -51,7 +50,7 @@ def solve(
     problem: Problem, q: list[Tensor], kv: list[tuple[Tensor, Tensor]], grads: list[Tensor]
 ) -> list[list[Tensor]]:
     """By rank: out, lse, and the gradients of q, k and v."""
-    world, partial = range(problem.world), partial_dtype(problem.dtype)
+    world = range(problem.world)
     plan = layout(problem)
     binders = [Binder(plan, rank) for rank in world]
     lines = played(
@@ -59,18 +58,14 @@ def solve(
         [binders[rank].source((q[rank],), kv[rank]) for rank in world],
         [dict(binder.kernels) for binder in binders],
     )
-    found = [[torch.zeros(t.shape, dtype=partial), torch.zeros(t.shape[:3], dtype=partial)] for t in q]
-    for rank in world:
-        binders[rank].results(lines[rank], found[rank], ())
+    found = [binders[rank].results(lines[rank]) for rank in world]
     back = layout(problem, backward=True)
     binders = [Binder(back, rank) for rank in world]
     outs = [out.to(problem.dtype) for out, _ in found]
     sources = [binders[r].source((q[r], grads[r], outs[r], found[r][1]), kv[r]) for r in world]
     lines = played(back.schedule, sources, [dict(binder.kernels) for binder in binders])
     for rank in world:
-        gradients = [torch.zeros(t.shape, dtype=partial) for t in (q[rank], *kv[rank])]
-        binders[rank].results(lines[rank], gradients[:1], gradients[1:])
-        found[rank] += gradients
+        found[rank] += binders[rank].results(lines[rank])
     return found
 
 
