@@ -1,8 +1,8 @@
 """What the schemes of long-context attention cost against each other, against one process and against the simulator.
 
-    python -m benchmarks.attention links            # ring, both ways and TokenRing on duplex links: transfers alone
+    python -m benchmarks.attention links            # every scheme on a mesh of duplex links, transfers alone
     python -m benchmarks.attention overlap          # how much of computing and communicating overlaps, by their ratio
-    python -m benchmarks.attention real             # two ranks over shared memory against one process: time, memory
+    python -m benchmarks.attention real             # ranks over shared memory against one process: time, memory
     python -m benchmarks.attention weave            # a tensor-parallel stack with its tokens split and not
     python -m benchmarks.attention split            # the split that is chosen against none, for many lengths
     python -m benchmarks.attention counters         # bytes of each rank by the kernel's counters; root
@@ -13,16 +13,13 @@ real` is given in `weave` and `split`, computation is modelled by sleeping.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks import counters, weaving
-from benchmarks.company import together
+from benchmarks import attention_links, attention_real, counters, weaving
+from benchmarks.attention_links import modelled
 from benchmarks.figures import table
 from launch.chart import line_chart
 from parallel.attention.layout import SCHEMES
@@ -33,9 +30,9 @@ GROUPS = (1, 2, 4, 8, 16, 32)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     modes = {
-        "links": links,
+        "links": attention_links.links,
         "overlap": overlap,
-        "real": real,
+        "real": attention_real.real,
         "weave": weaving.gains,
         "split": weaving.choice,
         "counters": counters.count,
@@ -49,82 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--link", help="bytes a second of a link, where one is emulated (10M; of woven stacks 2M)")
     parser.add_argument("--compute", choices=("modelled", "real"), default="modelled", help="of weave")
     parser.add_argument("--network", choices=("mesh", "ring"), default="ring", help="of the map")
-    parser.add_argument("--scheme", choices=SCHEMES, nargs="+", help="of counters: only these")
+    parser.add_argument("--scheme", choices=SCHEMES, nargs="+", help="of counters, links and real: only these")
     parser.add_argument("--json", action="store_true", help="of counters: a JSON object a rank and pass")
     parser.add_argument("--svg", type=Path, default=None)
     given = parser.parse_args(arguments)
     return modes[given.what](given)
 
 
-def links(given: argparse.Namespace) -> int:
-    rows = []
-    for ranks in given.ranks or (4, 8):
-        found = command(given, "ring,bidirectional,token_ring", ranks, given.length or 4096, "--ratio", "0.001")
-        bound = ranks / (2 * (ranks - 1))
-        for row in found:
-            share = row["time_s"] / found[0]["time_s"]
-            rows.append(
-                (
-                    ranks,
-                    row["scheme"],
-                    f"{row['time_s'] * 1e3:.0f}",
-                    f"{row['predicted_s'] * 1e3:.0f}",
-                    f"{row['time_s'] / row['predicted_s']:.2f}",
-                    f"{share:.2f}",
-                    f"{bound:.2f}",
-                )
-            )
-    print(table(("ranks", "scheme", "ms", "simulated", "ratio", "of the ring's", "N/2(N-1)"), rows))
-    return 0
-
-
 def overlap(given: argparse.Namespace) -> int:
     rows = []
     for ranks in given.ranks or (4,):
         for ratio in ("0.5", "1", "2"):
-            found = command(given, "ring,token_ring", ranks, given.length or 4096, "--ratio", ratio)
+            found = modelled(given, "ring,token_ring", ranks, given.length or 4096, "--ratio", ratio)
             rows += [(ranks, ratio, row["scheme"], f"{row['eta']:.2f}", f"{row['predicted_eta']:.2f}") for row in found]
     print(table(("ranks", "compute/communicate", "scheme", "eta", "simulated"), rows))
     print("computation was modelled by sleeping")
-    return 0
-
-
-def command(given: argparse.Namespace, schemes: str, ranks: int, length: int, *more: str) -> list[dict[str, Any]]:
-    """Run `ringhold attention`; its rows."""
-    asked = ["--scheme", schemes, "--ranks", str(ranks), "--seq", str(length), "--rounds", str(given.rounds)]
-    line = [
-        sys.executable,
-        "-m",
-        "launch.attention",
-        *asked,
-        "--link",
-        given.link or "10M",
-        "--compute",
-        "modelled",
-        *more,
-    ]
-    done = subprocess.run([*line, "--check", "256", "--json"], stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(row) for row in done.stdout.splitlines()]
-
-
-def real(given: argparse.Namespace) -> int:
-    rows = []
-    for ranks in given.ranks or (2, 4):
-        settings = {"length": given.length or 16384, "heads": 8, "rounds": min(given.rounds, 3)}
-        found = together("attention", ranks, "shm", "", settings)
-        first, used = found[0], max(one["used"] for one in found)
-        rows.append(
-            (
-                ranks,
-                f"{first['ours']:.2f}",
-                f"{first['alone']:.2f}",
-                f"{first['ours'] / first['alone']:.2f}",
-                f"{used / 2**20:.0f}",
-                f"{first['used_alone'] / 2**20:.0f}",
-                f"{used / first['used_alone']:.2f}",
-            )
-        )
-    print(table(("ranks", "s", "one process", "ratio", "MiB a rank", "one process", "ratio"), rows))
     return 0
 
 

@@ -1,16 +1,16 @@
-"""A rank of `benchmarks.attention`: attention with real computation, in turns with one process' own.
+"""A rank of `benchmarks.attention`: attention with real computation, of several ranks or of one process.
 
 Started by the benchmark through `launch.bench_host.Company`; its orders come on stdin, its figures go back as reports.
 """
 
 import queue
-import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from collectives.region import split
 from launch.child import Link
 
 
@@ -40,54 +40,44 @@ def main() -> int:
     return 0
 
 
-def attention(comm: Any, length: int, heads: int, rounds: int) -> dict[str, Any]:
-    """Forward and backward of the ranks together, and of rank 0 alone; and what memory they took at most."""
+def attention(comm: Any, length: int, heads: int, scheme: str) -> dict[str, Any]:
+    """Forward and backward once, of one process by torch's function: seconds, processor seconds, bytes at most."""
     import torch
     from torch.nn import functional as F
 
     from parallel.attention import sequence_attention
-    from parallel.attention.shares import Balance
 
-    balance = Balance()
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if comm.size == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        return sequence_attention(q, k, v, comm, scheme=scheme)
 
     def given(rows: int) -> list[torch.Tensor]:
-        return [torch.randn(1, heads, rows, 64, requires_grad=number < 3) for number in range(4)]
+        share = split(rows, comm.size)[comm.rank]
+        return [torch.randn(1, heads, share[1] - share[0], 64, requires_grad=number < 3) for number in range(4)]
 
-    base = peak()
-    mine = [tensor.detach() for tensor in given(balance.shares(length, comm.size)[comm.rank].rows)]
-
-    def together() -> None:
-        q, k, v = (tensor.clone().requires_grad_() for tensor in mine[:3])
-        out = sequence_attention(q, k, v, comm, scheme="ring", parts=8)
-        out.backward(mine[3])  # type: ignore[no-untyped-call]
-
-    ours = timed(comm, together, rounds)
-    used = peak() - base
-    alone, used_alone = 0.0, 0
-    if comm.rank == 0:
-        base = peak()
-        q, k, v, grad = given(length)
-        begun = time.perf_counter()
-        F.scaled_dot_product_attention(q, k, v).backward(grad)  # type: ignore[no-untyped-call]
-        alone, used_alone = time.perf_counter() - begun, peak() - base + used
+    q, k, v, grad = given(64 * comm.size)
+    attend(q, k, v).backward(grad)  # type: ignore[no-untyped-call]
+    q = k = v = grad = torch.empty(0)
     comm.barrier()
-    return {"rank": comm.rank, "ours": ours, "alone": alone, "used": used, "used_alone": used_alone}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    q, k, v, grad = given(length)
+    comm.barrier()
+    begun, worked = time.perf_counter(), time.process_time()
+    attend(q, k, v).backward(grad)  # type: ignore[no-untyped-call]
+    took, worked = time.perf_counter() - begun, time.process_time() - worked
+    used = _resident("VmHWM") - before
+    comm.barrier()
+    return {"rank": comm.rank, "seconds": took, "processor": worked, "used": used}
 
 
-def timed(comm: Any, act: Callable[[], object], rounds: int) -> float:
-    """Median seconds, from when all begin."""
-    taken = []
-    for _ in range(rounds):
-        comm.barrier()
-        begun = time.perf_counter()
-        act()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
-
-
-def peak() -> int:
-    """Most memory that this process had so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _resident(field: str) -> int:
+    """Bytes of memory of this process, by a field of its status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":
