@@ -52,8 +52,8 @@ class Grid:
     """Adds attention over a grid of ranks to a draft. `ranks[row][column]`; owners are the ranks themselves.
 
     As many rounds of a side travel at once as the first of its `lanes` that divides their number. The tokens ("q",
-    owner, round) and ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and ("out kv", owner,
-    round) where the side has a result, are complete behind step `end`.
+    owner, round) and ("kv", owner, round) must be there from step `first` on; ("out q", owner, round), and where the
+    side has a result ("out kv", owner, round), are complete behind step `end`.
 
     What travels takes memory for two or three pieces a lane: one is computed with while the next arrives. Only where
     queries meet keys that travel as well are those of the whole row kept, until the last keys have passed.
