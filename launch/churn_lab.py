@@ -127,6 +127,7 @@ class Lab:
     def _victim(self, blow: Blow) -> Guest | None:
         """Choose somebody who works; of those with the state there must be another one left."""
         able = [guest for guest in self._guests.values() if guest.working and not guest.suffers]
+        able = [guest for guest in able if not self._crew.spares(guest.peer)]
         healed = [guest for guest in able if guest.member in self.audit.healed]
         lethal = blow.kind != "slow"
         fewer = blow.kind in ("kill", "leave") and len(self._guests) < self._request.least
@@ -215,7 +216,7 @@ class Lab:
         victim.peer.signal(number)
 
     def _strike_newcomer(self, blow: Blow, newcomer: Guest) -> None:
-        if not newcomer.peer.pid:  # it is still to be spawned
+        if self._crew.spares(newcomer.peer):
             delay = max(0.02, blow.length * self._crew.join_seconds)
             self._after(delay, partial(self._strike_newcomer, blow, newcomer))
             return
@@ -250,6 +251,7 @@ class Lab:
         strike = Strike(len(audit.strikes), blow.kind, "", victim.peer.name, victim.member, survivors)
         strike.time = when or time.time()
         strike.point = f"{blow.phase} {blow.aim.point}" if blow.aim else blow.phase
+        self._note("struck", what=blow.kind, peer=_name(victim.peer), at=strike.time)
         words = victim.peer.words
         strike.inside = words[Word.ENTERED] > words[Word.LEFT]
         for other in audit.open_strikes():

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ STATE_BYTES = 3 << 20
 _KEPT = 4096
 """Weights that a checkpoint keeps: enough for some chunks, few enough for an hour of checkpoints."""
 _SLOT = 257
+
+
+_LINKS = 100
+"""Members of whom a member tells how many bytes it has sent them: a message has a limit."""
 
 
 class Word(IntEnum):
@@ -104,6 +109,7 @@ def live(desk: Desk, orders: Orders) -> None:
         except Evicted as error:
             desk.report("evicted", reason=str(error)[:500])
             comm.close()
+        desk.report("traffic", member=comm.member_id, to=dict(Counter(comm.meter.to).most_common(_LINKS)))
     for thread in spawning:
         while thread.is_alive():
             thread.join(0.1)
@@ -150,6 +156,7 @@ class _Member:
         """Start another peer of this MPI job, beside operations; it takes as long as that needs to start."""
         try:
             spawn(self._comm, name)
+            self._desk.report("spawned", peer=name)
         except RingholdError as error:
             self._desk.report("unspawned", peer=name, why=str(error)[:500])
 

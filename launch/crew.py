@@ -172,6 +172,10 @@ class Crew:
     def tend(self, members: Sequence[Peer]) -> None:
         """Do what is due now and then; `members` work. Here nothing is: peers are forked at once."""
 
+    def spares(self, peer: Peer) -> bool:
+        """Whether this member must not be struck now; here everybody may be."""
+        return False
+
     def signal_coordinator(self, number: signal.Signals) -> None:
         """Send the coordinator a signal."""
         if self.coordinator.is_alive():

@@ -10,11 +10,13 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,7 +35,7 @@ SPAWN = 14
 _CREW = "RINGHOLD_CREW"
 _PLACE = (sys.executable, "-I", "-S", str(Path(__file__).with_name("crew_place.py")))
 _GRACE = 5.0
-"""Seconds in which the launcher is to end: by itself when all ranks have ended, and after SIGTERM."""
+"""Seconds in which the launcher is to end by itself, when all ranks have ended."""
 _PATIENCE = 3.0
 """Seconds that a member gets to take a request, and a newcomer to start MPI after the death of who spawned it."""
 
@@ -82,11 +84,12 @@ class _Newcomer:
         self.peer, self.work = peer, work
         self.asked: Peer | None = None
         self.since = 0.0
+        self.started = False
 
     @property
     def orphaned(self) -> bool:
         """Whether the member that was to spawn it has died: then it cannot start MPI, or waits there for ever."""
-        return self.asked is not None and not self.asked.alive
+        return self.asked is not None and not self.asked.alive and not self.started
 
     def begin_again(self) -> None:
         """It has no process any more; somebody else is to spawn it."""
@@ -127,6 +130,10 @@ class RankCrew(Crew):
             if newcomer.peer.name >= self._options.founders:
                 self._see_to(newcomer, members)
 
+    def spares(self, peer: Peer) -> bool:
+        """See `Crew.spares`: Open MPI's launcher may hang for good when one dies of who spawns and who is spawned."""
+        return any(peer in (newcomer.asked, newcomer.peer) for newcomer in self._newcomers.values())
+
     def receive(self, timeout: float) -> list[tuple[Peer, Message]]:
         """See `Crew.receive`."""
         heard = []
@@ -138,8 +145,14 @@ class RankCrew(Crew):
                     self.living[peer.name] = peer
                     newcomer.begin_again()
                     continue
-            if newcomer is not None and message["type"] in ("rank", "gone"):
-                del self._newcomers[peer.name]
+            if message["type"] == "spawned":
+                self._newcomers.pop(message["peer"], None)
+            elif message["type"] == "rank" and newcomer is not None:
+                newcomer.started = True
+                if newcomer.asked is None:
+                    del self._newcomers[peer.name]
+            elif message["type"] == "gone":
+                self._newcomers.pop(peer.name, None)
             heard.append((peer, message))
         return heard
 
@@ -194,6 +207,8 @@ class RankCrew(Crew):
             if free:
                 newcomer.asked, newcomer.since = free[name % len(free)], now
                 newcomer.asked.words[SPAWN] = 1 + name
+        elif newcomer.started and not asked.alive:
+            del self._newcomers[name]
         elif asked.alive and asked.words[SPAWN] != 1 + name:  # it has taken the request
             newcomer.since = now
         elif now - newcomer.since > _PATIENCE:
@@ -234,16 +249,14 @@ def _be_rank(environ: Mapping[str, str], work: Work, desk: Desk) -> None:
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:
     """Wait for the launcher's end; what is left then, of it and of its children, is ended by process id."""
-    for number in (None, signal.SIGTERM):
-        if number is not None:
-            launcher.send_signal(number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(_GRACE)
-            return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(_GRACE)
+        return
     for pid in [*_descendants(launcher.pid), launcher.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     launcher.wait()
+    shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{launcher.pid}", ignore_errors=True)
 
 
 def _descendants(pid: int) -> list[int]:
