@@ -33,7 +33,7 @@ _MOST = 64
 @click.command("churn", context_settings={"max_content_width": 100})
 @click.option("--peers", default="3..6", show_default=True, metavar="LEAST..MOST", help="How many there are at a time.")
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="How long it strikes."
+    "--seconds", type=console.Finite(0, min_open=True), default=60.0, show_default=True, help="How long it strikes."
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Of faults, victims, operations and sizes.")
 @click.option("--faults", "faults_text", default="all", show_default=True, help=f"Some of {', '.join(KINDS)}.")
@@ -80,6 +80,7 @@ def command(
     """
     from launch.churn_cases import KINDS_OF_OPERATIONS
 
+    console.require_writable(json_file, "--json")
     least, most = _range(peers, "--peers")
     shortest, longest = _range(every, "--every")
     if not _LEAST <= least <= most <= _MOST or least != int(least) or most != int(most):
@@ -113,7 +114,7 @@ def command(
         heartbeat_timeout=heartbeat_timeout,
     )
     settings = Settings(peers, seconds, seed, transport, kinds, operations, replay, left_out)
-    with _folder(out) as folder:
+    with console.terminated(), _folder(out) as folder:
         return _run(request, settings, folder, json_file, quiet=quiet, kept=out is not None)
 
 

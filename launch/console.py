@@ -6,10 +6,12 @@ Used by `launch.cli` and by the modules that are run with `python -m`.
 import math
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,6 +53,33 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return int(result or 0)
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """While inside, SIGTERM ends this process in order, as Ctrl-C does."""
+
+    def stop(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def require_writable(path: Path | None, option: str) -> None:
+    """Raise `UsageError` unless a file can be written there: now, rather than when there is something to write."""
+    if path is None:
+        return
+    try:
+        made = not path.exists()
+        path.open("ab").close()
+        if made:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror}; name another file") from None
 
 
 def split_address(text: str, what: str) -> tuple[str, int]:

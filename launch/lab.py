@@ -1,17 +1,15 @@
 """`ringhold lab`: run a command on each host of a network that exists on this machine only, and cut its cables."""
 
-import contextlib
 import json
 import os
 import re
 import secrets
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -86,7 +84,7 @@ def command(
         raise UsageError("--between is the rate of the cable between two sites; it needs --topology two-sites")
     far = None if between is None else parse_rate(between)
     place = _place(coordinator, network)
-    with _terminated(), network, tempfile.TemporaryDirectory(prefix="ringhold-lab-") as folder:
+    with console.terminated(), network, tempfile.TemporaryDirectory(prefix="ringhold-lab-") as folder:
         if far is not None:
             network.limit_cable(network.shape.between("hub", "hub2"), far)
         lab = _Lab(network, planned, sys.stderr if as_json else sys.stdout)
@@ -275,20 +273,6 @@ def _enter(network: Network, host: int | None, parent: int) -> None:
 
 def _code(status: int) -> int:
     return 128 - status if status < 0 else status
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """While inside, SIGTERM ends this process in order, as Ctrl-C does."""
-
-    def stop(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    former = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 if __name__ == "__main__":

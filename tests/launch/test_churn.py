@@ -188,6 +188,8 @@ def test_what_is_right_is_no_complaint() -> None:
         (["--transport", "mpi", "--faults", "partition"], "the ranks that one mpirun starts here share a host"),
         (["--transport", "pigeon"], "unknown transport 'pigeon'"),
         (["--out", "used"], "is not empty"),
+        (["--json", "missing/figures.json"], "cannot write missing/figures.json: No such file or directory"),
+        (["--seconds", "nan"], "nan is no finite number"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
