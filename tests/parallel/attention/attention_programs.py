@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from collectives.communicator import Communicator
-from collectives.errors import MemberLost
+from collectives.errors import DescriptorMismatch, MemberLost
 from parallel.attention import sequence_attention
-from parallel.attention.shares import Balance, shard
+from parallel.attention.shares import Balance, shard, unshard
 from tests.harness.peer import Peer
 
 
@@ -51,6 +51,49 @@ def errors(comm: Communicator, cases: list[dict[str, Any]]) -> list[float]:
     return found
 
 
+class _Spread(torch.autograd.Function):
+    """Attention of whole tensors, which all ranks give alike, computed by the ranks together; so are the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, comm: Communicator, case: dict[str, Any]) -> Tensor:
+        balance = Balance(case["balance"])
+        ctx.place = comm, balance
+        ctx.mine = [shard(tensor.detach(), balance, comm.size, comm.rank).requires_grad_() for tensor in (q, k, v)]
+        with torch.enable_grad():
+            q, k, v = ctx.mine
+            ctx.out = sequence_attention(q, k, v, comm, case["causal"], case["scheme"], balance, **case["settings"])
+        return _together(ctx.out.detach(), comm, balance)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        comm, balance = ctx.place
+        part = shard(grad, balance, comm.size, comm.rank)
+        found = torch.autograd.grad(ctx.out, ctx.mine, part, retain_graph=True)
+        return *(_together(tensor, comm, balance) for tensor in found), None, None
+
+
+def _together(part: Tensor, comm: Communicator, balance: Balance) -> Tensor:
+    """The whole of what each rank has equally many rows of."""
+    parts = comm.all_gather(part.contiguous(), out=part.new_empty(comm.size, *part.shape)).result
+    assert parts is not None
+    return unshard(list(parts), balance)
+
+
+def gradchecked(comm: Communicator, case: dict[str, Any]) -> bool:
+    """Finite differences against the gradients; all ranks change the same element of the whole at the same time."""
+    chance = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(1, heads, 4 * comm.size, 2, generator=chance, dtype=torch.float64).requires_grad_()
+        for heads in (2, 1, 1)
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = _Spread.apply(q, k, v, comm, case)  # type: ignore[no-untyped-call]
+        return out
+
+    return torch.autograd.gradcheck(attend, (q, k, v), check_undefined_grad=False, atol=1e-7, rtol=1e-6)
+
+
 def sent(comm: Communicator, cases: list[dict[str, Any]]) -> list[list[int]]:
     """Bytes that this rank sends, forward and backward, for each case."""
     found = []
@@ -77,6 +120,20 @@ def refused(comm: Communicator, rows: int, settings: dict[str, Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def disagrees(comm: Communicator, cases: list[dict[str, Any]]) -> list[str]:
+    """What members are told of which rank 0 calls with a dtype and settings of its own."""
+    said = []
+    for case in cases:
+        dtype = getattr(torch, case.pop("dtype")) if comm.rank == 0 else torch.float16
+        q = torch.zeros(1, 4, 2, 4, dtype=dtype)
+        q = q.view(case.pop("shape")) if comm.rank == 0 else q
+        try:
+            sequence_attention(q, q, q, comm, scheme="ring", **(case if comm.rank == 0 else {}))
+        except DescriptorMismatch as error:
+            said.append(str(error))
+    return said
 
 
 def loses_one(peer: Peer, length: int) -> dict[str, Any]:

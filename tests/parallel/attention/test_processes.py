@@ -24,6 +24,12 @@ def group() -> Iterator[Residents]:
         yield residents
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Residents]:
+    with Residents(2, transport="sockets") as residents:
+        yield residents
+
+
 def settings(scheme: str) -> dict[str, Any]:
     return {"columns": 2, "parts": 2} if scheme in ("hybrid", "usp") else {"parts": 2}
 
@@ -59,6 +65,20 @@ def test_every_scheme_is_exact_forward_and_backward(transport: str, group: Resid
     assert worst <= 1e-12
 
 
+@pytest.mark.parametrize(
+    "scheme, balance, causal",
+    [
+        ("ring", "zigzag", True),
+        ("bidirectional", "contiguous", False),
+        ("token_ring", "zigzag", True),
+        ("ulysses", "striped", True),
+    ],
+)
+def test_gradcheck_between_two_ranks(scheme: str, balance: str, causal: bool, pair: Residents) -> None:
+    case = {"scheme": scheme, "balance": balance, "causal": causal, "settings": settings(scheme)}
+    assert pair.run(programs.gradchecked, case=case) == [True, True]
+
+
 def test_bytes_are_those_of_the_formulas(group: Residents) -> None:
     chosen: list[dict[str, Any]] = [
         {"scheme": scheme, "balance": balance, "causal": causal, "sizes": (4, 2, 64, 64), "settings": settings(scheme)}
@@ -87,6 +107,21 @@ def test_misuse_is_refused_on_all_ranks_alike(group: Residents) -> None:
     ):
         for said in group.run(programs.refused, rows=1, settings=given):
             assert said.startswith(why), said
+
+
+def test_members_that_disagree_are_told_in_what(group: Residents) -> None:
+    """In all of these a message is as long as it should be: what came would be taken for something else."""
+    same: dict[str, Any] = {"dtype": "float16", "shape": [1, 4, 2, 4]}
+    changes = (
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"shape": [1, 2, 2, 8]}, "2 heads"),
+        ({"scale": 0.25}, "scale 0.25"),
+        ({"causal": True, "balance": "striped"}, "causal"),
+    )
+    for said in group.run(programs.disagrees, cases=[same | change for change, _ in changes]):
+        assert len(said) == len(changes)
+        for text, (_, why) in zip(said, changes, strict=True):
+            assert why in text, text
 
 
 def test_members_left_by_a_death_in_the_middle_compute_the_same() -> None:
