@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from collectives.errors import RingholdError
 from parallel.capturing import capture
 from parallel.explain import optimality, written
 from parallel.graph import Graph, Input, Node, Output, Phase, Role
 from parallel.layout import Broadcast, Mesh, Placement, Split
 from parallel.models.transformer import Attention, Perceptron, RMSNorm, SwiGLU, rotary_angles
 from parallel.options import Options
-from parallel.planner import NoPlan, Search
+from parallel.planner import Search
 from parallel.plans import Placements, Plan
 from parallel.program import Program, cheapest
 from parallel.scale.layer import Layers
 from parallel.scale.transformer import Transformer
-from parallel.solver import Unsolved
 from parallel.stage_costs import StageCosts
 
 _BATCH = "batch"
@@ -122,7 +122,7 @@ class Stages:
         return stage.formula_forward - stage.forward, stage.formula_backward - stage.backward
 
 
-def solve(layers: Layers, graph: Graph, seconds: float = 5.0) -> Stage:
+def solve(layers: Layers, graph: Graph, seconds: float = 10.0) -> Stage:
     """Plan a captured layer on the tensor-parallel ranks of a stage, in no more memory than the formula's division.
 
     Neither all that it holds at its peak nor its weights by themselves, whose gradients and optimizer state stand
@@ -145,8 +145,11 @@ def solve(layers: Layers, graph: Graph, seconds: float = 5.0) -> Stage:
     weights = _weights(formula, costs)
     try:
         found, _ = _Bounded(graph, costs, {}, formula.figures.memory, False, seconds, weights).best()
-    except (NoPlan, Unsolved):  # not in that time
+    except RingholdError:  # none was found in that time
         found = _proven(formula, _Bounded(graph, costs, {}, None, False, seconds, weights))
+    assert found.figures is not None
+    if found.figures.time > formula.figures.time:  # branch and bound was stopped before it came to what is known
+        found = _bounded(formula, found.figures.bound)
     return Stage(found, formula, *_passes(found, costs), *_passes(formula, costs))
 
 
@@ -156,8 +159,14 @@ def _proven(formula: Plan, search: Search) -> Plan:
     try:
         free = search.best()[0].figures
         bound = free.bound if free else 0.0
-    except Unsolved:
+    except RingholdError:
         bound = cheapest(search.all, search.classes, search.costs)
+    return _bounded(formula, bound)
+
+
+def _bounded(formula: Plan, bound: float) -> Plan:
+    """The formula's plan, with what is proven of all plans."""
+    assert formula.figures is not None
     bound = min(bound, formula.figures.time)
     figures = replace(formula.figures, bound=bound, gap=1.0 - bound / formula.figures.time, relaxed=False)
     return replace(formula, figures=figures)

@@ -100,7 +100,7 @@ class Layers:
 
     def _products(self) -> Passes:
         model, t, n = self.model, self.strategy.tp, self.tokens
-        columns = (model.queries + 2 * model.groups * model.width) / t
+        columns = model.queries / t + 2 * max(model.groups / t, 1.0) * model.width  # a rank has whole heads
         local = model.experts / self.strategy.ep
         rows = n * model.top_k / local
         shapes = (

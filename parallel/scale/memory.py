@@ -85,5 +85,6 @@ def _stage(layers: Layers, stage: int) -> Memory:
         kept += 6 * layers.tokens * model.vocab / strategy.tp
     weights = sharded(HALF + (1 if strategy.precision == "fp8" else 0), 3)
     if strategy.zero == 3:
-        weights += 2 * HALF * (model.attention_parameters + model.experts / strategy.ep * model.expert_parameters)
+        layer = model.attention_parameters + model.experts / strategy.ep * model.expert_parameters
+        weights += 2 * HALF * layer / strategy.tp
     return Memory(weights, sharded(layers.gradient_bytes, 2), sharded(_ADAM, 1), kept, cluster.reserved)

@@ -150,6 +150,8 @@ def test_sharding_more_needs_less_memory() -> None:
     needed = [peak(Layers(model, Strategy(batch=64, dp=64, zero=zero), cluster)).total for zero in range(4)]
     assert needed == sorted(needed, reverse=True)
     assert needed[0] > 1.5 * needed[1]
+    gathered = [peak(Layers(model, Strategy(batch=64, dp=64, zero=3, tp=tp), cluster)).parameters for tp in (1, 4)]
+    assert gathered[0] == pytest.approx(4 * gathered[1], rel=0.01)
 
 
 def test_divisions_that_differ_in_nothing_that_matters_are_one() -> None:

@@ -1,6 +1,7 @@
 """The integer program inside a stage: what it finds, that it means the same by a second as the formulas, its bounds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -130,6 +131,24 @@ def test_the_formula_stands_where_no_plan_is_found_in_time(monkeypatch: pytest.M
     assert stage.plan.figures is not None
     assert 0.0 < stage.plan.figures.gap < 0.1
     assert stage.plan.figures.bound < stage.plan.figures.time
+
+
+def test_a_plan_that_is_cut_short_is_not_worse_than_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = layers_of("gpt3-175b", tp=2)
+    graph = captured(layers.model, 1, layers.model.seq)
+
+    class Worse(module._Bounded):
+        def best(self) -> tuple[Plan, Options]:
+            found, options = super().best()
+            assert found.figures is not None
+            return replace(found, figures=replace(found.figures, compute=1.0)), options
+
+    monkeypatch.setattr(module, "_Bounded", Worse)
+    stage = solve(layers, graph)
+    assert stage.plan.layouts == stage.formula.layouts
+    assert stage.time == stage.formula_time
+    assert stage.plan.figures is not None
+    assert stage.plan.figures.time < 0.1
 
 
 def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
