@@ -157,7 +157,8 @@ class RankCrew(Crew):
         return heard
 
     def close(self) -> None:
-        """End everything that is still there: the ranks, then the launcher and what it started."""
+        """End everything that is still there: the ranks, then the launcher and what it started, and their memory."""
+        segments = {segment for peer in self.living.values() for segment in _segments(peer.pid)}
         for peer in self.living.values():
             code = peer.end()
             if peer.name in self._places:
@@ -167,6 +168,8 @@ class RankCrew(Crew):
         self._door.close()
         if self._launcher is not None:
             _end(self._launcher)
+        for segment in segments:
+            segment.unlink(missing_ok=True)
         super().close()
 
     def _launch(self) -> None:
@@ -257,6 +260,15 @@ def _end(launcher: subprocess.Popen[bytes]) -> None:
             os.kill(pid, signal.SIGKILL)
     launcher.wait()
     shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{launcher.pid}", ignore_errors=True)
+
+
+def _segments(pid: int) -> set[Path]:
+    """The shared memory of Open MPI that a process maps: a launcher that had to be killed does not remove it."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {Path(line.split()[-1]) for line in lines if " /dev/shm/sm_segment." in line and not line.endswith(")")}
 
 
 def _descendants(pid: int) -> list[int]:
