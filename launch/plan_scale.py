@@ -9,6 +9,7 @@ from launch.display import print_table
 from launch.scale_options import model_of
 from parallel.scale.cluster import Cluster
 from parallel.scale.layer import Layers
+from parallel.scale.predict import predict
 from parallel.scale.search import Candidate, Found, search
 from parallel.scale.transformer import Transformer
 from parallel.stages import Stage, Stages
@@ -37,7 +38,7 @@ def run(config: str, given: dict[str, Any]) -> None:
     found = search(model, cluster, devices, batch, given["top"] or 10, memory=memory, inside=stages.saved)
     inside = [stages.of(Layers(model, candidate.strategy, cluster)) for candidate in found.best]
     if given["as_json"]:
-        print(json.dumps(_report(found, inside, devices, batch)))
+        print(json.dumps({"devices": devices, "batch": batch} | _report(model, cluster, found, inside)))
         return
     print(f"{model.name or config}, batch {batch} of {model.seq} tokens, on {devices} devices: {cluster.name}")
     print(f"{found.tried} strategies, {found.pruned} of them too large for {(memory or cluster.memory) / 1e9:.4g} GB\n")
@@ -113,19 +114,20 @@ def _otherwise(stage: Stage) -> str:
     return "; ".join(parts) or "other collectives; see --json"
 
 
-def _report(found: Found, inside: list[Stage | None], devices: int, batch: int) -> dict[str, Any]:
+def _report(model: Transformer, cluster: Cluster, found: Found, inside: list[Stage | None]) -> dict[str, Any]:
     plans = []
     for number, (candidate, stage) in enumerate(zip(found.best, inside, strict=True)):
         plans.append(
             _division(candidate)
             | candidate.prediction.to_json()
             | {
+                "time_as_formulas_divide_stages": predict(model, candidate.strategy, cluster).time,
                 "loses_to_the_one_before_by": candidate.why(found.best[number - 1]) if number else "",
                 "alike": [_division(other) | {"time": other.prediction.time} for other in candidate.alike],
                 "stage": stage.to_json() if stage else None,
             }
         )
-    return {"devices": devices, "batch": batch, "tried": found.tried, "pruned": found.pruned, "plans": plans}
+    return {"tried": found.tried, "pruned": found.pruned, "plans": plans}
 
 
 def _division(candidate: Candidate) -> dict[str, Any]:

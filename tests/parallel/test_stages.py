@@ -162,3 +162,4 @@ def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(report["plans"]) == 2
     for plan in report["plans"]:
         assert plan["tp"] == 1 or plan["stage"]["ranks"] == plan["tp"]
+        assert plan["time"] <= plan["time_as_formulas_divide_stages"]
