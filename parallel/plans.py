@@ -39,8 +39,8 @@ class Reshard:
     Attributes:
         value: of the graph.
         before, after: its layouts.
-        phase: of the node that first wants it so; of an output: forward for the loss, backward for gradients, else
-            update.
+        phase: backward for gradients of parameters, whoever wants them; else of the node that first wants it so, and of
+            an output forward for the loss, update for others.
         wanted_by: name of that node, or what the output is to the user.
         boxing: what it takes.
 
@@ -160,12 +160,14 @@ class Plan:
     def reshards(self) -> tuple[Reshard, ...]:
         """Every change of placement, in the order in which the step needs them; those that send nothing too."""
         found: dict[tuple[str, Placements], Reshard] = {}
-        for value, wanted, phase, name in self._wanted():
+        gradients = {output.value.name for output in self.graph.outputs if output.role == Role.GRADIENT}
+        for value, wanted, user, name in self._wanted():
             made = self.made[value.name]
             if wanted == made or (value.name, wanted) in found:
                 continue
             before, after = Layout(self.mesh, made), Layout(self.mesh, wanted)
             cost = boxing(before, after, value.shape)
+            phase = Phase.BACKWARD if value.name in gradients else user
             found[value.name, wanted] = Reshard(value, before, after, phase, name, cost)
         return tuple(found.values())
 

@@ -22,6 +22,7 @@ from parallel.cost import Costs
 from parallel.flows import LOSS, Edge, Flows
 from parallel.folding import Classes
 from parallel.graph import Graph, Input, Value
+from parallel.layout import Partial
 from parallel.options import Options
 from parallel.plans import Option, Placements, Sharding
 from parallel.units import Joint, unite
@@ -31,9 +32,10 @@ Pair = tuple[Placements, Placements]
 Terms = Mapping[int, float]
 """Coefficients of variables, by their numbers."""
 
-LAUNCH_TIE, MEMORY_TIE = 1e-8, 1e-7
-"""What a launch, and holding every tensor whole instead of none, are worth where times are equal, as shares of the time
-that all operations need: ties are broken by the number of launches, then by memory."""
+LAUNCH_TIE, MEMORY_TIE, PARTIAL_TIE = 1e-8, 1e-7, 1e-10
+"""What a launch, holding every tensor whole instead of none, and a result of partial values are worth where times are
+equal, as shares of the time that all operations need: ties are broken by the number of launches, then by memory, then
+for adding up early: a gradient is reduced rather than the parameter that it has changed."""
 _ALONE = 25_000
 """Changes of placement below which each operation is chosen for by itself."""
 
@@ -190,6 +192,7 @@ class Program:
     def _price(self, kind: int, option: Option) -> float:
         if (kind, option) not in self._prices:
             tie = MEMORY_TIE * self.least * _held(self.classes, self.costs, kind, option) / self._whole
+            tie += PARTIAL_TIE * self.least * self.classes.count[kind] * _partial(option)
             self._prices[kind, option] = price(self.classes, self.costs, kind, option) + tie
         return self._prices[kind, option]
 
@@ -240,6 +243,12 @@ def _held(classes: Classes, costs: Costs, kind: int, option: Option) -> int:
     assert isinstance(option, Sharding)
     pairs = zip(member.outputs, option.outputs, strict=True)
     return count * sum(costs.local_bytes(value, placed) for value, placed in pairs)
+
+
+def _partial(option: Option) -> int:
+    """How many results an option leaves partial."""
+    made = option.outputs if isinstance(option, Sharding) else ()
+    return sum(any(isinstance(placement, Partial) for placement in placed) for placed in made)
 
 
 def cheapest(options: Options, classes: Classes, costs: Costs) -> float:

@@ -68,7 +68,7 @@ class MLP(nn.Module):
 def sum_of_squares(model: nn.Module, batch: Tensor) -> Tensor:
     """Half the squared length of all outputs: a loss whose gradient is the output itself."""
     out: Tensor = model(batch)
-    return 0.5 * (out * out).sum()
+    return 0.5 * out.square().sum()
 
 
 def example(
