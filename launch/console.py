@@ -3,6 +3,7 @@
 Used by `launch.cli` and by the modules that are run with `python -m`.
 """
 
+import errno
 import math
 import os
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 
-from collectives.errors import RingholdError, UsageError
+from collectives.errors import RingholdError, StorageFailed, UsageError
 
 
 class Finite(click.FloatRange):
@@ -52,6 +53,12 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         # The reader of our output left (`ringhold ... | head`): nobody is there to be told, nor at the final flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        _complain(f"there is no space left on the disk{where}; free some, and run it again")
+        return StorageFailed.exit_code
     return int(result or 0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 
-from collectives.errors import JournalError, MemberLost, OperationTimeout, UsageError
+from collectives.errors import JournalError, MemberLost, OperationTimeout, StorageFailed, UsageError
 from launch import console, display
 from launch.cli import COMMANDS, ringhold
 
@@ -227,3 +227,36 @@ def test_a_port_that_is_taken_by_something_else(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         code, line = refused(tmp_path, "--new", "--listen", f"127.0.0.1:{server.getsockname()[1]}")
     assert (code, "the port is in use" in line) == (2, True)
+
+
+def test_a_full_disk_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def fill() -> None:
+        with Path("/dev/full").open("w", buffering=1) as file:
+            file.write("a line\n")
+
+    assert console.run(fill, []) == StorageFailed.exit_code
+    assert "there is no space left on the disk" in complaint(capsys)
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "-1"])
+def test_numbers_of_options_are_finite(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    @click.option("--seconds", type=console.Finite(0))
+    def wait(seconds: float) -> None:
+        raise AssertionError(seconds)
+
+    assert console.run(wait, ["--seconds", given]) == 2
+    complaint(capsys)
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_there_is_something_to_write(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text("kept")
+    console.require_writable(there, "--json")
+    assert there.read_text() == "kept"
+    console.require_writable(tmp_path / "new", "--json")
+    assert not (tmp_path / "new").exists()
+    for path in (tmp_path, tmp_path / "missing" / "file"):
+        with pytest.raises(UsageError, match="--json: cannot write"):
+            console.require_writable(path, "--json")
