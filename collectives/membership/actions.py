@@ -1,6 +1,6 @@
 """What the coordinator's state machine wants done; `server.py` does it, in order."""
 
-from dataclasses import dataclass
+import msgspec
 
 from collectives.membership.protocol import FromCoordinator, Record
 
@@ -8,30 +8,26 @@ Connection = int
 """Names one connection; the driver never reuses a number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Persist:
+class Persist(msgspec.Struct, frozen=True):
     """Append to the journal and fsync before going on."""
 
     record: Record
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send to one peer."""
 
     connection: Connection
     message: FromCoordinator
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(msgspec.Struct, frozen=True):
     """Close a connection after what was sent on it."""
 
     connection: Connection
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """End the coordinator: going on could do harm."""
 
     reason: str

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from collectives.membership.actions import Action, Close, Connection, Persist, Send, Stop
 from collectives.membership.claims import Claims
-from collectives.membership.decisions import decide, nobody, part_of, verdict_on
+from collectives.membership.decisions import decide, members_of, nobody, part_of, verdict_on
 from collectives.membership.protocol import (
     Admit,
     Alive,
@@ -66,6 +66,8 @@ class Coordinator:
         self._fresh_nonce = fresh_nonce
         self.peers: dict[int, Peer] = {}
         self.decision: Decision | None = None
+        self._listed: tuple[int, ...] = ()
+        """Members of the last decided epoch, in rank order."""
         self.change: Change | None = None
         self.highest = 0
         self._next_member = 1
@@ -86,15 +88,14 @@ class Coordinator:
     @property
     def members(self) -> tuple[int, ...]:
         """Members of the last decided epoch that are still taken for alive, in rank order."""
-        if self.decision is None:
-            return ()
-        return tuple(info.member for info in self.decision.members if info.member in self.peers)
+        peers = self.peers
+        return tuple([member for member in self._listed if member in peers])
 
     @property
     def waiting(self) -> tuple[int, ...]:
         """Peers that wait for a place, in order of arrival."""
-        current = set(self.members)
-        return tuple(m for m in self.peers if m not in current)
+        listed = self._listed
+        return tuple([member for member in self.peers if member not in listed])
 
     def status(self, now: float) -> Status:
         """Tell people what is going on."""
@@ -109,11 +110,13 @@ class Coordinator:
         if isinstance(message, Inspect):
             return [Send(connection, self.status(now))]
         self._heard = now
-        if isinstance(message, Join):
-            return self._join(connection, message, now)
-        if isinstance(message, Resume):
-            return self._resume(connection, message, now)
         member = self._connections.get(connection)
+        if isinstance(message, Join | Resume):
+            if member is not None:
+                return [Send(connection, Refused("this connection has joined already")), Close(connection)]
+            if isinstance(message, Join):
+                return self._join(connection, message, now)
+            return self._resume(connection, message, now)
         if member is None:
             return [Send(connection, Refused("say Join or Resume first")), Close(connection)]
         peer = self.peers[member]
@@ -141,8 +144,8 @@ class Coordinator:
     def on_closed(self, connection: Connection, now: float) -> list[Action]:
         """Handle the end of a connection: the kernel closes a dead process' sockets, so its peer is lost at once."""
         member = self._connections.pop(connection, None)
-        if member is None or self.peers[member].connection != connection:
-            return []
+        if member is None:
+            return []  # a stranger's, or one that was replaced
         self._notice_gap(now)
         if now < self._grace and member in self.members:
             # It gave us up while we slept; it will be back.
@@ -178,8 +181,6 @@ class Coordinator:
     # --- joining ---
 
     def _join(self, connection: Connection, message: Join, now: float) -> list[Action]:
-        if connection in self._connections:
-            return [Send(connection, Refused("this connection has joined already")), Close(connection)]
         transport = self._transport()
         if transport and transport != message.transport:
             reason = f"this run uses transport {transport!r}, the peer wants {message.transport!r}"
@@ -205,7 +206,7 @@ class Coordinator:
             actions.append(Close(peer.connection))
         peer.connection, peer.heard = connection, now
         self._connections[connection] = message.member
-        if self.decision is not None and message.epoch < known:
+        if self.decision is not None and message.epoch < known and message.member in self.members:
             actions.append(Send(connection, part_of(self.decision, message.member)))
         actions.append(Send(connection, Waiting(len(self.waiting))))
         if self.change and message.member in self.change.members:
@@ -302,6 +303,7 @@ class Coordinator:
 
     def _settle(self, decision: Decision) -> None:
         self.decision, self.change = decision, None
+        self._listed = members_of(decision)
         self._safe.clear()
         self._verdicts.clear()
         self._complaints.clear()
@@ -407,7 +409,7 @@ class Coordinator:
             if not isinstance(record, Opened):
                 self.highest = max(self.highest, record.epoch)
             if isinstance(record, Decision):
-                self.decision = record
+                self.decision, self._listed = record, members_of(record)
                 self._next_member = record.next_member
         if self.decision is not None:
             for info in self.decision.members:

@@ -9,6 +9,8 @@ protocol: R1 lanes, R2 completion, R3 epoch change, R5 views.
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import msgspec
+
 from collectives.errors import CrossedWaits, DescriptorMismatch, Evicted, MemberLost, QuorumLost, RingholdError
 from collectives.membership.protocol import (
     Admit,
@@ -64,22 +66,19 @@ class Lane:
         self.staged = self.staged_epoch = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Verdict on an operation: attempt it in this epoch."""
 
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True):
     """Verdict on an operation: it is complete; the result is in the staging of the attempt of `epoch`."""
 
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(msgspec.Struct, frozen=True):
     """Verdict on an operation: the membership is changing."""
 
 

@@ -1,5 +1,7 @@
 """The coordinator's state machine, one rule at a time; the simulation tries them together."""
 
+import pytest
+
 from collectives.membership.coordinator import Persist, Send
 from collectives.membership.protocol import (
     Admit,
@@ -342,6 +344,17 @@ def test_a_joiner_resumes_before_there_is_any_epoch() -> None:
     assert ids(desk.report(11, 2)) == [1, 2]
 
 
+def test_a_joiner_that_resumes_is_told_nothing_of_an_epoch_that_it_is_not_in() -> None:
+    desk = Desk(founders=1)
+    desk.join(1)
+    desk.report(1, 1)
+    desk.join(2)
+    desk.say(1, Admit(1))
+    desk.report(2, 2)
+    told = desk.resume(12, 2, 2, 0, 2)
+    assert told == [Waiting(1), Prepare(2, [1, 2])]
+
+
 def test_a_joiner_that_fenced_for_a_given_up_change_begins_none() -> None:
     desk = Desk(founders=2)
     desk.join(1)
@@ -531,3 +544,79 @@ def test_who_asks_for_a_status_is_no_sign_of_life() -> None:
         desk.say(99, Inspect())
         desk.tick()
     assert desk.core.members == (1, 2)
+
+
+def test_nobody_joins_or_resumes_on_a_connection_that_has_joined() -> None:
+    desk = Desk()
+    desk.found(1, 2)
+    told = desk.resume(1, 2, 2, 1, 1)
+    assert isinstance(told[0], Refused)
+    assert told[1:] == []
+    assert 1 in desk.closed
+    assert desk.core.peers[2].connection == 2
+
+
+def test_a_run_has_one_transport_whichever_comes_first_in_the_alphabet() -> None:
+    desk = Desk()
+    desk.found(1, 2)
+    for connection, transport in ((8, "mpi"), (9, "a")):
+        assert isinstance(desk.say(connection, Join(bytes(16), "127.0.0.1", 1, transport))[0], Refused)
+    assert desk.core.waiting == ()
+
+
+def test_who_waits_founds_even_if_more_wait_than_must() -> None:
+    desk = Desk(founders=2)
+    for connection in (1, 2, 3, 4):
+        desk.join(connection)
+    desk.close(1)
+    assert desk.preparing() == Prepare(2, [2, 3, 4])
+
+
+def test_how_many_wait_is_told_when_it_changes_and_only_then() -> None:
+    desk = Desk()
+    desk.found(1, 2)
+    assert not any(isinstance(message, Waiting) for message in desk.told[1])
+    desk.join(3)
+    desk.join(4)
+    desk.say(1, Admit(1))
+    desk.close(3)
+    assert [message for message in desk.told[1] if isinstance(message, Waiting)] == [Waiting(1), Waiting(2), Waiting(1)]
+
+
+@pytest.mark.parametrize(("before", "left", "goes_on"), [(3, 1, False), (4, 2, False), (7, 3, False), (7, 4, True)])
+def test_a_quorum_is_more_than_half(before: int, left: int, goes_on: bool) -> None:
+    desk = Desk(founders=before, quorum=True)
+    desk.found(*range(1, before + 1))
+    for connection in range(left + 1, before + 1):
+        desk.close(connection)
+    assert (desk.core.change is not None) is goes_on
+
+
+def test_the_status_before_there_is_any_epoch() -> None:
+    desk = Desk()
+    desk.join(1)
+    (status,) = desk.say(99, Inspect())
+    assert isinstance(status, Status)
+    assert (status.epoch, status.change, status.waiting) == (0, 0, 1)
+
+
+def test_complaints_of_another_epoch_count_for_nothing() -> None:
+    for epoch in (0, 2):
+        desk = Desk()
+        desk.found(1, 2)
+        desk.say(1, LinkDown(epoch, 2))
+        desk.say(1, Differs(epoch, "main", 1, "a", "b", 2, False))
+        desk.say(1, Admit(epoch))
+        desk.say(2, Admit(epoch))
+        desk.wait(3.0, 1, 2)
+        assert desk.core.change is None
+
+
+def test_numbers_go_up_by_one() -> None:
+    desk = Desk()
+    desk.found(1, 2)
+    desk.close(2)
+    assert desk.preparing() == Prepare(2, [1])
+    desk.close(1)
+    assert desk.core.highest == 3
+    assert desk.join(3) == 3
