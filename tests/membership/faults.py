@@ -15,7 +15,7 @@ class Faults:
     def __init__(self, world: "World") -> None:
         self.world = world
         self._cut: set[frozenset[int]] = set()
-        self._silent: set[frozenset[int]] = set()
+        self.silent_pairs: set[frozenset[int]] = set()
         self.all_off_until = 0.0
 
     # --- hosts ---
@@ -64,7 +64,7 @@ class Faults:
             if other is not host:
                 pair = frozenset((host.index, other.index))
                 self._cut.add(pair)
-                self._silent.add(pair)
+                self.silent_pairs.add(pair)
 
     def partition(self, fault: Fault, host: "Host") -> None:
         """The first hosts, up to number `other`, reach nobody but each other for a while."""
@@ -77,12 +77,12 @@ class Faults:
         for member in inside:
             member.off_until = world.now + fault.seconds
         self._cut |= pairs
-        self._silent |= pairs
-        world.after(fault.seconds, self._heal, pairs)
+        self.silent_pairs |= pairs
+        world.after(fault.seconds, world.network, self._heal, pairs)
 
     def _heal(self, pairs: set[frozenset[int]]) -> None:
         self._cut -= pairs
-        self._silent -= pairs
+        self.silent_pairs -= pairs
 
     def stranger(self, fault: Fault, host: "Host") -> None:
         """Somebody who does not belong here talks to the coordinator, or a host says what makes no sense."""
@@ -115,7 +115,8 @@ class Faults:
         mesh = one.mesh
         if mesh is not None and mesh is other.mesh:
             mesh.fail(one.core.member, other.core.member)
-            self.world.after(self.world.lag(self.world.history.delay), mesh.fail, other.core.member, one.core.member)
+            world = self.world
+            world.after(world.lag(world.history.delay), world.network, mesh.fail, other.core.member, one.core.member)
 
     def cut_cable(self, fault: Fault, host: "Host") -> None:
         """The link between two hosts fails and cannot be made again."""
@@ -130,7 +131,7 @@ class Faults:
             one.suspect = other.suspect = True
             pair = frozenset((fault.where, fault.other))
             self._cut.add(pair)
-            self._silent.add(pair)
+            self.silent_pairs.add(pair)
 
     def cables_of(self, hosts: dict[int, "Host"]) -> dict[int, list[int]]:
         """Which of these members, given by id, cannot link with which."""
@@ -144,4 +145,4 @@ class Faults:
 
     def silent(self, one: "Host", other: "Host") -> bool:
         """Whether what one sends to the other is lost."""
-        return bool(self._silent) and frozenset((one.index, other.index)) in self._silent
+        return frozenset((one.index, other.index)) in self.silent_pairs

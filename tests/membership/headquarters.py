@@ -3,8 +3,7 @@
 The disk keeps every record of a `Persist` that was reached; a crash strikes between any two actions.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from collectives.membership.coordinator import Action, Close, Coordinator, Persist, Send, Stop
 from collectives.membership.protocol import (
@@ -31,6 +30,7 @@ from collectives.membership.protocol import (
     decode_from_peer,
     encode,
 )
+from tests.membership.process import Process
 
 if TYPE_CHECKING:
     from tests.membership.host import Host
@@ -62,17 +62,19 @@ class Headquarters:
 
     def __init__(self, world: "World") -> None:
         self.world = world
+        self._armed = world.armed
+        self._repeats = world.history.repeats
         self.journal: list[Record] = [Opened("run", VERSION)]
         self.coordinator: Coordinator | None = None
         self.incarnation = 0
-        self.stopped = False
+        self.process = Process()
+        """This incarnation of it."""
         self.away = 0.0
         """Seconds that it was dead or stopped, all in all."""
         self._newest: list[Record] = []
         """The whole journal, while the coordinator runs on an old one."""
         self._links: dict[int, Link] = {}
         self._last_link = 0
-        self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._start()
 
     # --- life and death ---
@@ -80,6 +82,7 @@ class Headquarters:
     def _start(self) -> None:
         world = self.world
         self.incarnation += 1
+        self.process = Process()
         nonces = world.rng
         self.coordinator = Coordinator(
             "run",
@@ -92,7 +95,7 @@ class Headquarters:
         if self.incarnation > 1:
             world.say(f"coordinator starts again, highest {self.coordinator.highest}")
             world.judge.restarted(self.journal[-1])
-        world.after(TICK, self._gate, self.incarnation, self._tick)
+        world.after(TICK, self.process, self._tick)
 
     def crash(self, seconds: float) -> None:
         """Die, and start again after a while from what is on disk."""
@@ -101,26 +104,37 @@ class Headquarters:
         world = self.world
         self.away += seconds
         self.coordinator = None
-        self.stopped = False
-        self._backlog.clear()
+        self.process.dead, self.process.stopped = True, False
         for link in self._links.values():
             link.open = False
             if world.rng.random() < 0.5:
                 link.lost = True
-                world.after(world.lag(world.history.control_delay), link.host.gate, link.host.closed, link)
+                world.after(world.lag(world.history.control_delay), link.host, link.host.closed, link)
             else:
                 self._down(link, END)
         self._links.clear()
-        world.after(seconds, self._start)
+        world.after(seconds, world.network, self._start)
 
     def lose_the_end(self) -> None:
-        """Start again on a journal that lacks its last decision, if a member that knows of it will say so."""
-        decisions = [number for number, record in enumerate(self.journal) if isinstance(record, Decision)]
-        last = self.journal[decisions[-1]] if len(decisions) > 1 else None
-        if self.coordinator is not None and isinstance(last, Decision) and last.members:
+        """Start again on a journal that lacks its last decision, if a member that knows of it will say so.
+
+        Not if there was nobody before: then peers found a run again before it can.
+        """
+        rows = [(number, record) for number, record in enumerate(self.journal) if isinstance(record, Decision)]
+        if self.coordinator is not None and len(rows) > 1 and rows[-2][1].members and rows[-1][1].members:
             self._newest = self.journal
-            self.journal = self.journal[: decisions[-1]][:-1]
+            self.journal = self.journal[: rows[-1][0]][:-1]
             self.crash(0.1)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it gets no time."""
+        return self.process.stopped
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it runs on an old journal, and nobody has told it."""
+        return bool(self._newest)
 
     def stranger(self, kind: int, host: "Host") -> None:
         """Say what nobody of this run says at this point: it must change nothing but that the connection ends."""
@@ -154,31 +168,15 @@ class Headquarters:
     def stop(self, seconds: float) -> None:
         """Get no time for a while."""
         if self.coordinator is not None and not self.stopped:
-            self.stopped = True
+            self.process.stopped = True
             self.away += seconds
-            self.world.after(seconds, self._gate_awake, self.incarnation)
+            self.world.after(seconds, self.world.network, self._wake, self.process)
 
-    def _gate_awake(self, incarnation: int) -> None:
-        if incarnation != self.incarnation or self.coordinator is None:
-            return
-        self.stopped = False
-        self.world.say("coordinator wakes")
-        backlog, self._backlog = self._backlog, []
-        if self.world.rng.random() < 0.5:
+    def _wake(self, process: Process) -> None:
+        if not process.dead:
+            self.world.say("coordinator wakes")
             # Which descriptor its loop looks at first is not told; each connection stays in order.
-            ticks = [entry for entry in backlog if entry[0] == self._tick]
-            backlog = ticks + [entry for entry in backlog if entry[0] != self._tick]
-        for action, given in backlog:
-            self._gate(incarnation, action, *given)
-
-    def _gate(self, incarnation: int, action: Callable[..., None], *given: Any) -> None:
-        """Let an event in: not to the dead, later to the stopped."""
-        if incarnation != self.incarnation or self.coordinator is None:
-            return
-        if self.stopped:
-            self._backlog.append((action, given))
-        else:
-            action(*given)
+            process.wake(self._tick if self.world.rng.random() < 0.5 else None)
 
     # --- connections ---
 
@@ -204,19 +202,19 @@ class Headquarters:
         world = self.world
         time = world.now + world.lag(world.history.control_delay)
         time = link.up_at = max(link.up_at, time, link.host.off_until, world.faults.all_off_until)
-        world.at(time, self._gate, self.incarnation, self._receive, link, message)
-        if world.history.repeats and isinstance(message, REPEATED) and world.rng.random() < world.history.repeats:
+        world.at(time, self.process, self._receive, link, message)
+        if self._repeats and isinstance(message, REPEATED) and world.rng.random() < self._repeats:
             world.judge.count("came again")
-            world.at(time + world.lag(LATE), self._gate, self.incarnation, self._receive, link, message)
+            world.at(time + world.lag(LATE), self.process, self._receive, link, message)
 
     def _down(self, link: Link, message: FromCoordinator | None) -> None:
         world, host = self.world, link.host
         time = world.now + world.lag(world.history.control_delay)
         time = link.down_at = max(link.down_at, time, host.off_until, world.faults.all_off_until)
-        world.at(time, host.gate, host.receive, link, message)
-        if world.history.repeats and isinstance(message, REPEATED) and world.rng.random() < world.history.repeats:
+        world.at(time, host, host.receive, link, message)
+        if self._repeats and isinstance(message, REPEATED) and world.rng.random() < self._repeats:
             world.judge.count("came again")
-            world.at(time + world.lag(LATE), host.gate, host.receive, link, message)
+            world.at(time + world.lag(LATE), host, host.receive, link, message)
 
     def break_link(self, link: Link) -> None:
         """Lose what is in flight; both ends see the end, each in its time."""
@@ -224,8 +222,8 @@ class Headquarters:
         if link.lost:
             return
         link.lost = True
-        world.after(world.lag(world.history.control_delay), link.host.gate, link.host.closed, link)
-        world.after(4 * world.lag(world.history.control_delay), self._gate, self.incarnation, self._closed, link)
+        world.after(world.lag(world.history.control_delay), link.host, link.host.closed, link)
+        world.after(4 * world.lag(world.history.control_delay), self.process, self._closed, link)
 
     def _receive(self, link: Link, message: FromPeer | None) -> None:
         if link.lost or not link.open:
@@ -238,7 +236,8 @@ class Headquarters:
         if self.world.history.codec:
             message = decode_from_peer(encode(message))
         self.world.judge.saw(message)
-        self.world.probe("message")
+        if "message" in self._armed:
+            self.world.probe("message")
         if self.coordinator is not None:
             self.perform(self.coordinator.on_message(link.number, message, self.world.now))
 
@@ -251,7 +250,7 @@ class Headquarters:
 
     def _tick(self) -> None:
         assert self.coordinator is not None
-        self.world.after(TICK, self._gate, self.incarnation, self._tick)
+        self.world.after(TICK, self.process, self._tick)
         self.perform(self.coordinator.on_tick(self.world.now))
 
     # --- actions ---
@@ -260,13 +259,14 @@ class Headquarters:
         """Do the actions in order; a crash or a stop may come before any of them."""
         if not actions:
             return
-        machine, probe = self.coordinator, self.world.probe
+        process = self.process
         for number, action in enumerate(actions):
-            probe("action")
-            if machine is not self.coordinator:
+            if "action" in self._armed:
+                self.world.probe("action")
+            if process.dead:
                 return
-            if self.stopped:
-                self._backlog.append((self.perform, (actions[number:],)))
+            if process.stopped:
+                process.backlog.append((self.perform, (actions[number:],)))
                 return
             self._do(action)
 
@@ -276,10 +276,10 @@ class Headquarters:
             case Send(number, message):
                 link = self._links.get(number)
                 world.judge.sends(message, link.host if link is not None else None)
-                if isinstance(message, Prepare | Decision):
+                if isinstance(message, (Prepare, Decision)):
                     world.probe("prepare" if isinstance(message, Prepare) else "announce")
                 if link is not None and self.coordinator is not None:
-                    self._down(link, self._coded(message))
+                    self._down(link, self._coded(message) if world.history.codec else message)
             case Persist(record):
                 world.probe("persist")
                 if self.coordinator is None:
@@ -300,10 +300,10 @@ class Headquarters:
                 world.judge.stopped(reason)
 
     def _coded(self, message: FromCoordinator) -> FromCoordinator:
-        return decode_from_coordinator(encode(message)) if self.world.history.codec else message
+        return decode_from_coordinator(encode(message))
 
     def replay(self, link: Link) -> None:
         """Announce an old decision once more, as a coordinator may that does not know what a member has seen."""
         old = [record for record in self.journal if isinstance(record, Decision)]
         if old:
-            self._down(link, self._coded(self.world.rng.choice(old)))
+            self._down(link, self.world.rng.choice(old))

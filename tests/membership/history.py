@@ -16,6 +16,9 @@ PATIENCE = 10.0
 COORDINATOR = 25.0
 JOIN = 60.0
 
+REPEATED = 3
+"""Operations that are called once more by a history that is over early."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -96,11 +99,29 @@ class History:
     """How often a control message comes once more, later, when newer ones may have overtaken it."""
     drowsy: bool = False
     """Threads may sleep between the failure of a link and what they do about it."""
+    once: tuple[list[Spec], list[str], list[tuple[list[str], list[int]]]] | None = None
+    """What `repeat` adds: operations of the main lane, the side lane and the sub-groups."""
 
     @property
     def founders(self) -> int:
         """Members of the first epoch."""
         return self.options.founders
+
+    def repeat(self) -> None:
+        """Have everybody let in who waits and call the first operations once more, without deviations."""
+        if self.once is None:
+            program = self.program[:REPEATED]
+            teams = [(team.kinds[: team.until[len(program) - 1]], team.until[:REPEATED]) for team in self.teams]
+            self.once = (program, self.side[: program[-1].side_until], teams)
+        program, side, teams = self.once
+        behind = len(self.side)
+        self.program.append(Spec("admit", side_until=behind))
+        self.program += [replace(spec, side_until=behind + spec.side_until) for spec in program]
+        self.side += side
+        for team, (kinds, until) in zip(self.teams, teams, strict=True):
+            behind = len(team.kinds)
+            team.until.extend([behind, *(behind + number for number in until)])
+            team.kinds.extend(kinds)
 
 
 HOST_POINTS = (

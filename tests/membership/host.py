@@ -3,8 +3,8 @@
 Threads are generators: they yield where a real one would wait or may be preempted, and are resumed by `poke`.
 """
 
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 from collectives.errors import CoordinatorUnreachable, Evicted, RingholdError
 from collectives.membership.member import Member
@@ -26,6 +26,7 @@ from collectives.membership.protocol import (
 from tests.membership.headquarters import END, Link
 from tests.membership.history import COORDINATOR, HEARTBEAT, JOIN, PATIENCE, SILENCE
 from tests.membership.mesh import Mesh
+from tests.membership.process import Killed, Process
 from tests.membership.program import Program
 
 if TYPE_CHECKING:
@@ -37,21 +38,18 @@ _ENDED = object()
 Thread = Generator[None, None, None]
 
 
-class Killed(Exception):
-    """The process ended at this point."""
-
-
-class Host:
+class Host(Process):
     """One process. `index` names it for faults; `core.member` is its id once it has one."""
 
     def __init__(self, world: "World", index: int) -> None:
+        super().__init__()
         self.world, self.index = world, index
         self.name = f"host {index}"
         self.rng = world.rng
         self.core = Member()
         self.link: Link | None = None
         self.mesh: Mesh | None = None
-        self.arrived = self.dead = self.stopped = False
+        self.arrived = False
         self.finished = ""
         """How its program ended: "done", "left", "dead" or the name of the error; empty while it goes on."""
         self.suspect = False
@@ -63,7 +61,6 @@ class Host:
         self.program = Program(self)
         self._secret = world.rng.getrandbits(128).to_bytes(16, "big")
         self._poked = False
-        self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._since: dict[tuple[int, str, int], float] = {}
         self._silent = 0
         self._began = self._needed = 0.0
@@ -81,18 +78,6 @@ class Host:
         self.arrived = True
         self._began = self.world.now
         self._connect()
-
-    def gate(self, action: Callable[..., None], *given: Any) -> None:
-        """Let an event in: not to the dead, later to the stopped."""
-        if self.dead:
-            return
-        if self.stopped:
-            self._backlog.append((action, given))
-            return
-        try:
-            action(*given)
-        except Killed:
-            return  # contextlib.suppress would cost more than the rest of this, which every event passes
 
     def die(self, silently: bool) -> None:
         """End here."""
@@ -117,18 +102,12 @@ class Host:
         """Get no time for a while."""
         if not self.stopped and not self.dead:
             self.stopped = True
-            self.world.after(seconds, self._wake)
+            self.world.after(seconds, self.world.network, self._wake)
 
     def _wake(self) -> None:
-        self.stopped = False
         self.world.say(f"{self.name} wakes")
-        backlog, self._backlog = self._backlog, []
-        if self.rng.random() < 0.5:
-            # Its threads may run before its session reads, or after.
-            first = [entry for entry in backlog if entry[0] == self._step]
-            backlog = first + [entry for entry in backlog if entry[0] != self._step]
-        for action, given in backlog:
-            self.gate(action, *given)
+        # Its threads may run before its session reads, or after.
+        self.wake(self._step if self.rng.random() < 0.5 else None)
 
     def probe(self, point: str) -> None:
         """Reach a point where a fault may strike. Raises `Killed`."""
@@ -140,13 +119,13 @@ class Host:
         """Have the threads look again, soon."""
         if not self._poked:
             self._poked = True
-            self.world.after(0.001, self.gate, self._step)
+            self.world.after(0.001, self, self._step)
 
     def sleep(self, seconds: float) -> Thread:
         """Let a thread sleep."""
         world = self.world
         until = world.now + seconds
-        world.at(until, self.gate, self.poke)
+        world.at(until, self, self.poke)
         while world.now < until:
             yield
 
@@ -169,6 +148,13 @@ class Host:
             self.world.say(f"{self.name} ends: {how}")
             self.world.judge.ended(self, how)
 
+    def go_on(self) -> None:
+        """Take up the program again, which has become longer."""
+        self.finished = ""
+        self.world.active += 1
+        self.threads.append(self.program.main(1.0))
+        self.poke()
+
     def describe(self) -> str:
         """Say what it is doing."""
         core = self.core
@@ -186,7 +172,7 @@ class Host:
         if self.core.error is not None or self.finished in ("left", "dead"):
             return
         if world.headquarters.reachable(self):
-            world.after(world.lag(world.history.control_delay), self.gate, self._connected)
+            world.after(world.lag(world.history.control_delay), self, self._connected)
         else:
             self._again()
 
@@ -223,7 +209,7 @@ class Host:
             if core.epoch == 0:
                 self.end("CoordinatorUnreachable")
             return
-        self.world.after(self._pause, self.gate, self._connect)
+        self.world.after(self._pause, self, self._connect)
         self._pause = min(2 * self._pause, 0.5)
 
     def closed(self, link: Link) -> None:
@@ -250,16 +236,17 @@ class Host:
         self._send([Beat(statuses)])
         self._send(self._stalled(statuses))
         self._silent += 1
-        self.world.after(HEARTBEAT, self.gate, self._beat, link)
+        self.world.after(HEARTBEAT, self, self._beat, link)
 
     def _statuses(self) -> list[LaneStatus]:
-        now, epoch = self.world.now, self.core.epoch
-        rows = self.core.statuses()
-        self._since = {key: self._since.get(key, now) for key in ((epoch, row.lane, row.seq) for row in rows)}
-        return [
-            LaneStatus(r.lane, r.seq, r.kind, r.phase, r.waiting_for, now - self._since[epoch, r.lane, r.seq], r.group)
-            for r in rows
-        ]
+        now, epoch, before = self.world.now, self.core.epoch, self._since
+        self._since = {}
+        statuses: list[LaneStatus] = []
+        for row in self.core.statuses():
+            key = (epoch, row.lane, row.seq)
+            since = self._since[key] = before.get(key, now)
+            statuses.append(LaneStatus(row.lane, row.seq, row.kind, row.phase, row.waiting_for, now - since, row.group))
+        return statuses
 
     def _stalled(self, statuses: list[LaneStatus]) -> list[FromPeer]:
         late = [row for row in statuses if row.phase != "idle" and row.seconds > PATIENCE]
@@ -271,7 +258,7 @@ class Host:
             if self.rng.random() < 0.7:
                 self._send(messages)
             else:
-                self.world.after(0.01, self.gate, self._send, messages)
+                self.world.after(0.01, self, self._send, messages)
 
     def _send(self, messages: list[FromPeer]) -> None:
         link = self.link

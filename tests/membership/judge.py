@@ -3,7 +3,7 @@
 It knows everything that happened on every host, dead ones too, and uses none of the code under test to judge it.
 """
 
-from collections import Counter
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from collectives.errors import RingholdError
@@ -27,6 +27,9 @@ Key = tuple[int, str, int]
 """An operation: the era (the epoch in which its run began anew), lane and number."""
 
 
+_NOBODY: frozenset[int] = frozenset()
+
+
 class Violation(AssertionError):
     """A rule was broken."""
 
@@ -36,11 +39,13 @@ class Judge:
 
     def __init__(self, world: "World") -> None:
         self.world = world
-        self.seen: Counter[str] = Counter()
+        self.tracing = world.lines is not None
+        self.seen: defaultdict[str, int] = defaultdict(int)
         self.deviates = False
         self.decisions: dict[int, Decision] = {}
         self.groups: dict[str, tuple[int, ...]] = {}
         """Members of the sub-groups that lanes belong to, as those say who opened them."""
+        self._concerned: dict[tuple[str, int], set[int]] = {}
         self._era: dict[int, int] = {0: 0}
         self._before: dict[int, int] = {0: 0}
         self._latest = 0
@@ -52,6 +57,8 @@ class Judge:
         self._staged: dict[tuple[Key, int], set[int]] = {}
         self._returned: dict[Key, dict[Host, int]] = {}
         self._raised: dict[Key, dict[Host, RingholdError]] = {}
+        self._entered: dict[tuple[Host, str], int] = {}
+        self._inside: set[tuple[Host, str]] = set()
         self._newest_attempt: dict[Key, int] = {}
         self._views: dict[Key, int] = {}
         self._lost: set[int] = set()
@@ -91,7 +98,7 @@ class Judge:
         old = {info.member for info in before.members} if before else set()
         members = [info.member for info in decision.members]
         survivors = [m for m in members if m in old]
-        if self.world.lines is not None:
+        if self.tracing:
             verdicts = [(v.lane, v.seq, v.error) for v in decision.verdicts]
             lanes = {name: (f.complete, f.complete_epoch) for name, f in decision.lanes.items()}
             self.world.say(
@@ -145,11 +152,14 @@ class Judge:
                 self.fail(f"epoch {decision.epoch} lets {decision.joined} in; lane {name} stands at {stands}")
 
     def _told(self, host: "Host", told: Decision) -> bool:
-        """Whether this is what a member of a decision is to be told: all of it but for others' sub-groups."""
+        """Whether this is what a member of a decision is to be told: all of it but for others' sub-groups.
+
+        Who is no member of it, a joiner that has reported for the next one, is told nothing of it.
+        """
         whole = self.decisions.get(told.epoch)
-        if whole is None:
+        me = next((info.member for info in whole.members if info.host == f"host{host.index}"), 0) if whole else 0
+        if whole is None or not me:
             return False
-        me = next(info.member for info in whole.members if info.host == f"host{host.index}")
         mine = {name for name in whole.lanes if me in self.groups.get(name, (me,))}
         lanes = {name: frontier for name, frontier in whole.lanes.items() if name in mine}
         verdicts = [v for v in whole.verdicts if v.lane in mine or v.lane not in whole.lanes]
@@ -252,13 +262,33 @@ class Judge:
 
     def _members(self, lane: str, epoch: int) -> set[int]:
         """Whom an attempt of this lane in this epoch is for."""
-        members = {info.member for info in self.decisions[epoch].members}
-        return members.intersection(self.groups.get(lane, members))
+        members = self._concerned.get((lane, epoch))
+        if members is None:
+            everybody = {info.member for info in self.decisions[epoch].members}
+            members = self._concerned[lane, epoch] = everybody.intersection(self.groups.get(lane, everybody))
+        return members
+
+    def entered(self, host: "Host", lane: str, seq: int) -> None:
+        """Rule R1: a member enters a lane's operations one behind the other, each when the last one has ended."""
+        before = self._entered.get((host, lane))
+        if before is not None and seq != before + 1:
+            self.fail(f"{host.name} enters {lane} {seq} after {before}")
+        if (host, lane) in self._inside:
+            self.fail(f"{host.name} enters {lane} {seq} inside of {before}")
+        self._entered[host, lane] = seq
+        self._inside.add((host, lane))
+
+    def left(self, host: "Host", lane: str) -> None:
+        """A member leaves an operation, by a result or by an error."""
+        self._inside.discard((host, lane))
 
     def attempts(self, host: "Host", lane: str, seq: int, epoch: int) -> None:
         """A member begins an attempt."""
         key = self._key(host, lane, seq, epoch)
-        self.world.say(f"{host.name} attempts {lane} {seq} in epoch {epoch}")
+        if self.tracing:
+            self.world.say(f"{host.name} attempts {lane} {seq} in epoch {epoch}")
+        if host.core.error is not None:
+            self.fail(f"{host.name} runs {lane} {seq} and is out of the run: {host.core.error}")
         for other, done in self._returned.get(key, {}).items():
             if done < epoch:
                 self.fail(f"{host.name} runs {lane} {seq} in {epoch}; {other.name} returned that of {done}")
@@ -280,14 +310,18 @@ class Judge:
         self._check_staged(host, self._key(host, lane, seq, epoch), epoch)
 
     def _check_staged(self, host: "Host", key: Key, epoch: int) -> None:
-        missing = self._members(key[1], epoch) - self._staged.get((key, epoch), set())
-        if host.core.member in missing or (missing and missing.difference(self._lost)):
+        members, staged = self._members(key[1], epoch), self._staged.get((key, epoch), _NOBODY)
+        if members <= staged:
+            return
+        missing = members - staged
+        if host.core.member in missing or missing.difference(self._lost):
             self.fail(f"{host.name} completes {key} of epoch {epoch}; members {sorted(missing)} have not staged it")
 
     def returned(self, host: "Host", lane: str, seq: int, epoch: int) -> None:
         """A member returned the result of the attempt of `epoch`."""
         key = self._key(host, lane, seq, epoch)
-        self.world.say(f"{host.name} returns {lane} {seq} of epoch {epoch}")
+        if self.tracing:
+            self.world.say(f"{host.name} returns {lane} {seq} of epoch {epoch}")
         self._check_staged(host, key, epoch)
         for other, done in self._returned.setdefault(key, {}).items():
             if done != epoch:
@@ -332,6 +366,7 @@ class Judge:
             for host in self.world.hosts:
                 if host.finished not in ("done", "left", "QuorumLost", "") and not host.suspect:
                     self.fail(f"{host.name} ended with {host.finished}, and nothing was wrong")
-        coordinator = self.world.headquarters.coordinator
-        if coordinator is not None and coordinator.highest < self._latest:
+        headquarters = self.world.headquarters
+        coordinator = headquarters.coordinator
+        if coordinator is not None and not headquarters.outdated and coordinator.highest < self._latest:
             self.fail(f"the coordinator's highest number is {coordinator.highest}, after {self._latest}")

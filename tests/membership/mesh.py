@@ -1,6 +1,6 @@
 """The simulated data network: one `Mesh` an epoch, links that are FIFO, slow, and fail; ends that close."""
 
-from collections import deque
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from tests.membership.world import World
 
 CONNECT_SECONDS = 3.0
+
+Box = tuple[int, int, str]
+"""Where notes of a lane arrive: who gets them, from whom."""
 
 
 class Lost(Exception):
@@ -28,8 +31,9 @@ class Mesh:
         self._closed: set[int] = set()
         self._failed: set[tuple[int, int]] = set()
         """(who sees it, the other end)"""
-        self._mail: dict[tuple[int, int, str], deque[Any]] = {}
-        self._awaited: set[tuple[int, int, str]] = set()
+        self._delay = world.history.delay
+        self._mail: defaultdict[Box, deque[Any]] = defaultdict(deque)
+        self._awaited: set[Box] = set()
         """Mail that a thread has looked for in vain."""
         self._busy: dict[tuple[int, int], float] = {}
 
@@ -42,12 +46,12 @@ class Mesh:
         bad = world.faults.cables_of(self._arrived)
         for member in self.members:
             if member not in bad:
-                world.after(world.lag(world.history.delay), self._get_ready, member)
+                world.after(world.lag(world.history.delay), world.network, self._get_ready, member)
             for other in bad.get(member, ()):
                 # The build of the mesh fails at one end or at both.
                 if member < other or world.rng.random() < 0.5:
                     end = self._arrived[member]
-                    world.after(CONNECT_SECONDS, end.gate, end.link_failed, self.epoch, other)
+                    world.after(CONNECT_SECONDS, end, end.link_failed, self.epoch, other)
 
     def _get_ready(self, me: int) -> None:
         if me not in self._closed:
@@ -56,39 +60,37 @@ class Mesh:
 
     def send(self, me: int, peer: int, lane: str, note: Any) -> None:
         """Send a note. Raises `Lost`."""
-        if me in self._closed:
+        pair = (me, peer)
+        if self._closed and me in self._closed:
             raise Lost(0)
-        if (me, peer) in self._failed:
+        if self._failed and pair in self._failed:
             raise Lost(peer)
         world = self.world
-        if world.faults.silent(self._arrived[me], self._arrived[peer]):
+        if world.faults.silent_pairs and world.faults.silent(self._arrived[me], self._arrived[peer]):
             return
-        time = max(self._busy.get((me, peer), 0.0), world.now + world.lag(world.history.delay))
-        self._busy[me, peer] = time
-        world.at(time, self._deliver, me, peer, lane, note)
+        time = self._busy[pair] = max(self._busy.get(pair, 0.0), world.now + world.lag(self._delay))
+        world.at(time, world.network, self._deliver, (peer, me, lane), note)
 
-    def _deliver(self, source: int, me: int, lane: str, note: Any) -> None:
-        if me in self._closed or (me, source) in self._failed or self._arrived[me].dead:
+    def _deliver(self, box: Box, note: Any) -> None:
+        host = self._arrived[box[0]]
+        if host.dead or (self._closed and box[0] in self._closed) or (self._failed and box[:2] in self._failed):
             return
-        key = (me, source, lane)
-        mail = self._mail.get(key)
-        if mail is None:
-            mail = self._mail[key] = deque()
-        mail.append(note)
-        if key in self._awaited:
-            self._awaited.remove(key)
-            self._arrived[me].poke()
+        self._mail[box].append(note)
+        if box in self._awaited:
+            self._awaited.remove(box)
+            host.poke()
 
     def take(self, me: int, peer: int, lane: str) -> Any:
         """Take the next note of a peer, None if there is none yet. Raises `Lost`."""
-        if me in self._closed:
+        if self._closed and me in self._closed:
             raise Lost(0)
-        mail = self._mail.get((me, peer, lane))
+        box = (me, peer, lane)
+        mail = self._mail[box]
         if mail:
             return mail.popleft()
-        if (me, peer) in self._failed:
+        if self._failed and (me, peer) in self._failed:
             raise Lost(peer)
-        self._awaited.add((me, peer, lane))
+        self._awaited.add(box)
         return None
 
     def close(self, me: int, silently: bool = False) -> None:
@@ -102,7 +104,7 @@ class Mesh:
         world = self.world
         for peer in self.members:
             if peer != me:
-                world.after(world.lag(world.history.delay), self.fail, peer, me)
+                world.after(world.lag(world.history.delay), world.network, self.fail, peer, me)
 
     def fail(self, me: int, peer: int) -> None:
         """A member sees its link to another fail."""

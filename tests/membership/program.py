@@ -26,15 +26,24 @@ class Program:
         """Lanes that another thread is busy with."""
         self._teams: dict[str, Team] = {}
         """By the names of their lanes, the sub-groups that this member is in."""
+        self._opened = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether this member has called all of the program."""
+        return self.host.core.lane(MAIN).entered == len(self.history.program)
 
     # --- threads ---
 
-    def main(self) -> Steps:
-        """The main thread: every operation of the program from where the lane stands."""
+    def main(self, pause: float = 0.0) -> Steps:
+        """The main thread: after a pause, every operation of the program from where the lane stands."""
         host, specs = self.host, self.history.program
         lane = host.core.lane(MAIN)
         issued: tuple[int, tuple[int, ...]] | None = None
-        self._open_teams()
+        if not self._opened:
+            self._opened = True
+            self._open_teams()
+        yield from self._pause(pause)
         try:
             while lane.entered < len(specs):
                 seq = lane.entered + 1
@@ -87,7 +96,7 @@ class Program:
         host.suspect = True
         host.post(host.core.leave(why))
         until = world.now + 2.0
-        world.at(until, host.gate, host.poke)
+        world.at(until, host, host.poke)
         while host.core.error is None and world.now < until:
             yield
         if host.core.error is None:
@@ -116,7 +125,7 @@ class Program:
             yield from self._leave("no more")
             raise host.core.error or AssertionError
         host.suspect = True
-        host.world.after(5 * PATIENCE, host.gate, self._give_way)
+        host.world.after(5 * PATIENCE, host, self._give_way)
         while host.core.error is None:
             yield
         raise host.core.error

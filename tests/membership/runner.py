@@ -5,8 +5,10 @@ An operation here has no data: the headers carry the contributions, and the resu
 
 from collections.abc import Generator, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from collectives.errors import CrossedWaits, DescriptorMismatch, MemberLost, RingholdError
 from collectives.membership.member import Completed, Wait
@@ -23,9 +25,8 @@ class Quit(Exception):
     """Somebody interrupted this process."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """As `descriptor.Descriptor`, and what the sender contributes."""
+class Header(msgspec.Struct, frozen=True, gc=False):
+    """As `descriptor.Descriptor`. A note is one with the bit that the sender contributes, or a confirmation."""
 
     seq: int
     view: tuple[int, ...]
@@ -34,7 +35,6 @@ class Header:
     on_loss: str
     refused: bool = False
     """The sender takes no part: members that it counted on are gone."""
-    bit: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -64,6 +64,8 @@ class Runner:
         self.host = host
         self.history = host.world.history
         self.judge = host.world.judge
+        self._armed = host.world.armed
+        self._random = host.rng.random
 
     def run(self, call: Call) -> Generator[None, None, str]:
         """Call an operation; returns how it ended: "done", "waiting" (a joiner) or the name of its error.
@@ -74,6 +76,7 @@ class Runner:
         if core.error is not None:
             raise core.error
         seq = core.enter(name, call.kind)
+        self.judge.entered(host, name, seq)
         try:
             yield from self.point("enter")
             epoch = yield from self._settle(call, seq)
@@ -83,6 +86,7 @@ class Runner:
             self.judge.raised(host, name, seq, error)
             return type(error).__name__
         finally:
+            self.judge.left(host, name)
             if not host.dead:
                 core.exit(name, seq)
                 core.forget()
@@ -91,11 +95,13 @@ class Runner:
     def point(self, name: str) -> Iterable[None]:
         """Reach a point where a fault may strike or another thread run."""
         host = self.host
-        host.probe(name)
-        if host.stopped or host.rng.random() < self.history.preempt:
+        if name in self._armed:
+            host.probe(name)
+        if host.stopped or self._random() < self.history.preempt:
             host.poke()
             return self._preempted()
-        self._quit_if_told()
+        if host.quits:
+            self._quit_if_told()
         return ()  # most often: no generator for nothing
 
     def _preempted(self) -> Steps:
@@ -184,24 +190,25 @@ class Runner:
         elif call.kind == "broadcast":
             receivers = [m for m in members if m != me]
         for peer in receivers:
-            mesh.send(me, peer, name, mine)
+            mesh.send(me, peer, name, (mine, call.bit))
         yield from self.point("sent")
         bit = call.bit
         for peer in senders:
             lane.phase, lane.waiting_for = "waiting", peer
             while True:
-                theirs = mesh.take(me, peer, name) or (yield from self._take(mesh, peer, name))
-                if not isinstance(theirs, Header):
+                note = mesh.take(me, peer, name) or (yield from self._take(mesh, peer, name))
+                if isinstance(note, int):
                     # That peer is in an operation of another kind, with which this one has no link in use.
                     self.judge.count("skipped a confirmation")
                     continue
+                theirs, set_there = note
                 if mine == theirs:
                     break
                 if theirs.seq >= seq:
                     self._complain(mine, theirs, call.lane, mesh.epoch, peer)
                 self.judge.count("skipped an older header")
             contributors.add(peer)
-            bit = bit or theirs.bit
+            bit = bit or set_there
         lane.waiting_for = 0
         return bit
 
@@ -225,12 +232,13 @@ class Runner:
         return note
 
     def _header(self, call: Call, seq: int) -> Header:
-        return Header(seq, () if call.elastic else call.members, call.kind, call.root, call.on_loss, bit=call.bit)
+        return Header(seq, () if call.elastic else call.members, call.kind, call.root, call.on_loss)
 
     def _complain(self, mine: Header, theirs: Header, lane: str, epoch: int, other: int) -> None:
         core = self.host.core
         by_view = (
-            bool(mine.view and theirs.view and mine.view != theirs.view) and replace(mine, view=theirs.view) == theirs
+            bool(mine.view and theirs.view and mine.view != theirs.view)
+            and msgspec.structs.replace(mine, view=theirs.view) == theirs
         )
         lost = theirs.refused or by_view or theirs.seq > mine.seq
         self.judge.count("differs by a loss" if lost else "differs")
@@ -245,8 +253,8 @@ class Runner:
         me = core.member
         if len(members) > 1:
             with suppress(Lost):
-                note = replace(self._header(call, seq), refused=True)
-                mesh.send(me, members[(members.index(me) + 1) % len(members)], call.lane, note)
+                note = msgspec.structs.replace(self._header(call, seq), refused=True)
+                mesh.send(me, members[(members.index(me) + 1) % len(members)], call.lane, (note, call.bit))
         yield from self.point("refusing")
         self.judge.count("refused by its own view")
         raise MemberLost("lost", lost, members)

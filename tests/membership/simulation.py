@@ -24,10 +24,7 @@ from tests.membership.branches import watch
 from tests.membership.history import History, draw
 from tests.membership.judge import Violation
 from tests.membership.shrink import as_test, failure, shrink
-from tests.membership.world import World
-
-LONG = 200
-"""Events of a history that counts as a long one."""
+from tests.membership.world import LONG, World
 
 
 @dataclass(slots=True)
