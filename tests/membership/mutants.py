@@ -10,8 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 from collectives.membership import coordinator, decisions, frontiers, stalls
-from collectives.membership.coordinator import Action, Coordinator, Persist, Send
-from collectives.membership.member import Lane, Member
+from collectives.membership.coordinator import Action, Coordinator, Persist, Send, Stop
+from collectives.membership.member import Completed, Lane, Member
 from collectives.membership.protocol import (
     Decision,
     Evict,
@@ -24,6 +24,7 @@ from collectives.membership.protocol import (
     Verdict,
 )
 from collectives.membership.stalls import Complaints, Judgement
+from tests.membership.runner import Runner
 
 Patch = tuple[Any, str, Any]
 
@@ -35,6 +36,8 @@ _restore = Coordinator._restore
 _resume = Coordinator._resume
 _lose = Coordinator._lose
 _on_decision = Member.on_decision
+_enter = Member.enter
+_verdict = Member.verdict
 _frontiers = frontiers.frontiers
 
 
@@ -300,6 +303,51 @@ def _views_move(self: Member, name: str) -> Lane:
     return lane
 
 
+def _enter_every_other(self: Member, name: str, kind: str) -> int:
+    """Numbers of operations are skipped."""
+    _enter(self, name, kind)
+    self.lanes[name].entered += 1
+    return self.lanes[name].entered
+
+
+def _enter_behind_whatever(self: Member, name: str, kind: str) -> int:
+    """A lane does not know where it stands: the next operation is the one behind the last complete one."""
+    seq = _enter(self, name, kind)
+    self.lanes[name].entered = min(seq, self.lanes[name].complete + 1)
+    return self.lanes[name].entered
+
+
+def _staged_is_complete(self: Member, name: str, seq: int) -> Any:
+    """What is staged here is taken for staged everywhere when an attempt fails."""
+    lane = self.lanes[name]
+    return Completed(lane.staged_epoch) if lane.staged >= seq else _verdict(self, name, seq)
+
+
+def _confirm_nothing(self: Runner, name: str, seq: int, mesh: Any, members: tuple[int, ...]) -> Any:
+    """A member takes what it has staged for complete, whatever the others have."""
+    return iter(())
+
+
+def _verdict_in_spite_of_the_end(self: Member, name: str, seq: int) -> Any:
+    """Who gave up, or is out of the run, goes on with its operations."""
+    error, self.error = self.error, None
+    try:
+        return _verdict(self, name, seq)
+    finally:
+        self.error = error
+
+
+def _differences_without_a_verdict(self: Coordinator, member: int, message: Any) -> list[Action]:
+    """Who calls something else is asked to try again."""
+    return [] if self.change or message.epoch != self.decision.epoch else self._begin()  # type: ignore[union-attr]
+
+
+def _resume_with_an_old_journal(self: Coordinator, connection: int, message: Any, now: float) -> list[Action]:
+    """A member that has seen a newer epoch than the journal is none of this run, and no reason to stop."""
+    actions = _resume(self, connection, message, now)
+    return [] if any(isinstance(action, Stop) for action in actions) else actions
+
+
 def _coordinator(**changes: Any) -> list[Patch]:
     return [(Coordinator, name, function) for name, function in changes.items()]
 
@@ -313,6 +361,13 @@ def _frontier(function: Callable[..., Any]) -> list[Patch]:
 
 
 MUTANTS: dict[str, list[Patch]] = {
+    "operations are skipped": _member(enter=_enter_every_other),
+    "a lane does not count what ended by an error": _member(enter=_enter_behind_whatever),
+    "staged is taken for complete": _member(verdict=_staged_is_complete),
+    "complete without confirmations": [(Runner, "_confirm", _confirm_nothing)],
+    "who is out goes on": _member(verdict=_verdict_in_spite_of_the_end),
+    "differences have no verdict": _coordinator(_differs=_differences_without_a_verdict),
+    "an old journal is gone on with": _coordinator(_resume=_resume_with_an_old_journal),
     "complete() ignores the fence": _member(complete=_complete_ignoring_the_fence),
     "stage() ignores the fence": _member(stage=_stage_ignoring_the_fence),
     "staged operations are not reported": [(Lane, "report", _report_without_staged)],
@@ -366,6 +421,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "nobody is ever absent": ("stall",),
     "stalls are judged at once": ("stall", "link"),
     "verdicts only for those inside": ("mismatch",),
+    "an old journal is gone on with": ("calm",),
 }
 """Themes of the histories in which a mutant shows itself, where these are rare among all."""
 
