@@ -94,3 +94,19 @@ def test_the_coordinator_ends_a_dispute_and_tells_each_member_of_its_own_lanes()
     assert set(whole.lanes) == {LOW, HIGH}
     desk.say(1, Beat([status(LOW, (1, 2))]))
     assert desk.say(3, Beat([status(HIGH, (1, 2, 3))]))[1:] == []
+
+
+def test_any_phase_but_idle_is_an_operation_under_way() -> None:
+    for phase in ("confirming", "moving", "recovering", "waiting"):
+        claims = Claims()
+        claims.disputed([status(HIGH, (1, 2, 3), "idle")])
+        assert claims.disputed([status(LOW, (1, 2), phase)])
+
+
+def test_disputes_name_who_says_what() -> None:
+    reports = {2: {HIGH: report(0, 0, (1, 2, 3))}, 1: {LOW: report(0, 0, (1, 2))}, 3: {HIGH: report(0, 0, (1, 2, 3))}}
+    told = {verdict.message for verdict in disputes(reports, frontiers(reports))}
+    (text,) = told
+    assert "member 1 says [1, 2]" in text
+    assert "member 2 says [1, 2, 3]" in text
+    assert "member 3" not in text

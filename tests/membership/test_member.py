@@ -1,5 +1,6 @@
 """The member's state machine, one rule at a time; the simulation tries them together."""
 
+import msgspec
 import pytest
 
 from collectives.errors import CrossedWaits, DescriptorMismatch, Evicted, MemberLost, QuorumLost, RingholdError
@@ -17,6 +18,8 @@ from collectives.membership.protocol import (
     Report,
     Stalled,
     Verdict,
+    decode_from_peer,
+    encode,
 )
 
 
@@ -341,3 +344,58 @@ def test_a_failed_link_and_a_fence_each_need_the_coordinator(core: Member) -> No
     assert core.decision is not None
     core.lanes["main"].interrupted = 0
     assert core.needs_coordinator
+
+
+def test_who_waits_for_its_first_epoch_has_the_join_timeout_for_it() -> None:
+    joiner = Member(member=3)
+    assert not joiner.left
+    fence(joiner, 2)
+    assert joiner.fenced
+    assert not joiner.needs_coordinator
+
+
+def test_what_ended_by_an_error_is_not_staged_any_more(core: Member) -> None:
+    seq = staged(core)
+    core.exit("main", seq)
+    (row,) = fence(core, 2).lanes.values()
+    assert (row.complete, row.staged, row.staged_epoch, row.left) == (0, 0, 0, 1)
+
+
+def test_what_is_completed_from_staging_keeps_the_view_of_its_attempt(core: Member) -> None:
+    seq = staged(core)
+    core.on_decision(decide(2, [1, 3], {"main": LaneFrontier(seq, 1, seq)}))
+    core.exit("main", seq)
+    assert core.lane("main").view == 1
+
+
+def test_only_the_operation_that_is_under_way_can_be_stalled(core: Member) -> None:
+    done(core)
+    seq = core.enter("main", "all_reduce")
+    assert core.stalled("main", seq - 1) == []
+    assert core.stalled("main", seq + 1) == []
+    assert core.stalled("main", seq) == [Stalled(1, "main", seq)]
+
+
+def test_an_attempt_of_another_epoch_interrupts_nothing(core: Member) -> None:
+    seq = core.enter("main", "all_reduce")
+    for epoch in (0, 2):
+        assert core.interrupt("main", epoch, 2) == []
+        assert core.link_down(epoch, 2) == []
+    assert core.verdict("main", seq) == Run(1)
+
+
+def test_a_farewell_fits_into_a_message(core: Member) -> None:
+    (bye,) = core.leave("x" * 3000)
+    assert decode_from_peer(encode(bye)) == Leave("x" * 2000)
+
+
+def test_errors_tell_the_survivors(core: Member) -> None:
+    seq = core.enter("main", "all_reduce")
+    core.on_decision(decide(2, [1, 3], verdicts=[Verdict("main", seq, "lost", "so")]))
+    error = core.verdict("main", seq)
+    assert isinstance(error, MemberLost)
+    assert error.survivors == (1, 3)
+    assert core.lost == frozenset()
+    core.on_decision(msgspec.structs.replace(decide(3, [1]), lost=[3]))
+    core.on_decision(msgspec.structs.replace(decide(4, [1]), lost=[4]))
+    assert core.lost == {3, 4}
