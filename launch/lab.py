@@ -7,7 +7,6 @@ import secrets
 import selectors
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from launch.child import die_with_parent
 from launch.lab_cuts import Cut, Switches, draw_cuts, parse_cut
 from launch.network import Network
 from launch.network_shape import SHAPES
+from launch.rendezvous import own_folder
 
 PORT = 29400
 """Where the lab's coordinator listens; the network is its own, so it is always free."""
@@ -84,14 +84,14 @@ def command(
         raise UsageError("--between is the rate of the cable between two sites; it needs --topology two-sites")
     far = None if between is None else parse_rate(between)
     place = _place(coordinator, network)
-    with console.terminated(), network, tempfile.TemporaryDirectory(prefix="ringhold-lab-") as folder:
+    with console.terminated(), network, own_folder("lab") as folder:
         if far is not None:
             network.limit_cable(network.shape.between("hub", "hub2"), far)
         lab = _Lab(network, planned, sys.stderr if as_json else sys.stdout)
         try:
             environ = _environment(network, place)
             if place != "none":
-                lab.start_coordinator(place, environ, Path(folder), hosts)
+                lab.start_coordinator(place, environ, folder, hosts)
             for host in range(hosts):
                 lab.start(host, command, environ)
             codes = lab.run(timeout)

@@ -12,7 +12,8 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ def _sweep(folder: Path) -> None:
         pid, started = path.name.split("-")[1:3]
         if start_time(int(pid)) != int(started):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def own_folder(what: str) -> Iterator[Path]:
+    """A private folder while it lasts. Those that killed processes left are removed.
+
+    Raises:
+        UsageError: the runtime folder is not safe to use.
+
+    """
+    base = runtime_folder(os.environ)
+    _sweep(base)
+    folder = private_folder(base / f"launch-{os.getpid()}-{start_time(os.getpid())}-{what}")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Rendezvous:

@@ -17,6 +17,7 @@ from launch.lab import parse_rate
 from launch.lab_cuts import Cut, Switches, draw_cuts, parse_cut
 from launch.network import Network, remove_stale
 from launch.network_shape import shape_of
+from launch.rendezvous import own_folder, runtime_folder
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -142,7 +143,11 @@ def test_nothing_is_left_of_a_lab_that_is_ended(number: signal.Signals) -> None:
     assert made.returncode == expected[number]
     left = list(Path("/run/netns").glob(f"ringhold-{made.pid}-*"))
     assert len(left) == (3 if number == signal.SIGKILL else 0)
-    remove_stale()  # as the next one does
+    folders = list(runtime_folder(os.environ).glob(f"launch-{made.pid}-*-lab"))
+    assert len(folders) == (1 if number == signal.SIGKILL else 0)
+    with own_folder("test"):  # as the next one does
+        assert not any(folder.exists() for folder in folders)
+    remove_stale()
     assert not list(Path("/run/netns").glob(f"ringhold-{made.pid}-*"))
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
