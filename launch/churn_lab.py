@@ -205,7 +205,7 @@ class Lab:
                 self.aimed[blow.phase] += 1
                 victim.peer.stopped = number == signal.SIGSTOP
                 self._begin(blow, victim, when)
-        elif time.monotonic() > deadline:
+        elif time.monotonic() > deadline and not self._crew.spares(victim.peer):
             words[Word.AIM] = 0
             self._send(blow, victim, number)
         else:

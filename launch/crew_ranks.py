@@ -109,6 +109,7 @@ class RankCrew(Crew):
         self._callers: list[Place] = []
         self._places: dict[int, Place] = {}
         self._newcomers: dict[int, _Newcomer] = {}
+        self._connecting: set[int] = set()
         self._launcher: subprocess.Popen[bytes] | None = None
         super().__init__(options, network, folder)
 
@@ -131,8 +132,9 @@ class RankCrew(Crew):
                 self._see_to(newcomer, members)
 
     def spares(self, peer: Peer) -> bool:
-        """See `Crew.spares`: Open MPI's launcher may hang for good when one dies of who spawns and who is spawned."""
-        return any(peer in (newcomer.asked, newcomer.peer) for newcomer in self._newcomers.values())
+        """See `Crew.spares`: Open MPI's launcher may hang when a process dies that spawns, starts or connects."""
+        spawn = any(peer in (newcomer.asked, newcomer.peer) for newcomer in self._newcomers.values())
+        return spawn or peer.name in self._connecting
 
     def receive(self, timeout: float) -> list[tuple[Peer, Message]]:
         """See `Crew.receive`."""
@@ -145,14 +147,20 @@ class RankCrew(Crew):
                     self.living[peer.name] = peer
                     newcomer.begin_again()
                     continue
-            if message["type"] == "spawned":
-                self._newcomers.pop(message["peer"], None)
-            elif message["type"] == "rank" and newcomer is not None:
-                newcomer.started = True
-                if newcomer.asked is None:
-                    del self._newcomers[peer.name]
-            elif message["type"] == "gone":
-                self._newcomers.pop(peer.name, None)
+            match message:
+                case {"type": "rank"} if newcomer is not None:
+                    newcomer.started = True
+                    if newcomer.asked is None:
+                        del self._newcomers[peer.name]
+                case {"type": "spawned", "peer": name}:
+                    self._newcomers.pop(name, None)
+                case {"type": "event", "event": "epoch"}:
+                    self._connecting.add(peer.name)
+                case {"type": "event", "event": "ready" | "evicted" | "left"}:
+                    self._connecting.discard(peer.name)
+                case {"type": "gone"}:
+                    self._connecting.discard(peer.name)
+                    self._newcomers.pop(peer.name, None)
             heard.append((peer, message))
         return heard
 
