@@ -1,6 +1,5 @@
 """`ringhold report`: what happened in a run, as one page to look at."""
 
-import math
 import tempfile
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def command(log: Path, output: Path | None, start: float | None, stop: float | N
     window = None
     if start is not None or stop is not None:
         window = (start or 0.0, story.seconds if stop is None else stop)
-        if not window[0] < window[1] < math.inf:
+        if window[0] >= window[1]:
             raise UsageError(
                 f"nothing lies between second {window[0]:g} and {window[1]:g}; the run has {story.seconds:.1f}"
             )

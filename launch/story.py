@@ -4,8 +4,9 @@
 entries that it does not know are passed over. Times are in seconds from the first entry on.
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,15 @@ def tell(log: Sequence[Entry]) -> Story:
     return teller.end()
 
 
+@dataclass(slots=True)
+class _Change:
+    """Of the membership."""
+
+    began: float = math.inf
+    lost: list[int] = field(default_factory=list)
+    there: set[str] = field(default_factory=set)
+
+
 class _Teller:
     def __init__(self, began: float) -> None:
         self.story = Story(began=began)
@@ -136,7 +146,9 @@ class _Teller:
         self._marks: dict[str, list[Mark]] = {}
         self._joined: dict[int, tuple[str, float]] = {}
         """Whose a member was, and since when."""
-        self._changes: dict[int, dict[str, Any]] = {}
+        self._changes: dict[int, _Change] = {}
+        self._reached: dict[str, dict[str, list[tuple[int, float]]]] = {"epoch": {}, "recovered": {}}
+        """By event and peer: when it came to which epoch."""
 
     def take(self, entry: Entry) -> None:
         """Take one entry."""
@@ -259,13 +271,16 @@ class _Teller:
         if name == "epoch" and epoch > self._epoch:
             self._epoch = epoch
             self.story.world.append((self._now, len(entry["members"])))
-        # Who tells of an epoch that is over was stopped meanwhile.
-        if name in ("fenced", "epoch", "recovered") and epoch >= self._epoch > 0:
-            change = self._changes.setdefault(epoch, {"lost": []})
-            if name == "epoch":
-                change["lost"] = entry["lost"]
-            change.setdefault(f"first {name}", self._now)
-            change[f"last {name}"] = self._now
+        if not epoch or name not in ("fenced", "epoch", "recovered"):
+            return
+        change = self._changes.setdefault(epoch, _Change())
+        if epoch >= self._epoch:  # who tells of an epoch that is over was stopped meanwhile
+            change.began = min(change.began, self._now)
+            change.there.add(source)
+        if name == "epoch":
+            change.lost = entry["lost"]
+        if name != "fenced":
+            self._reached[name].setdefault(source, []).append((epoch, self._now))
 
     def _progress(self, entry: Entry) -> None:
         if entry["step"] > self._done:
@@ -287,24 +302,24 @@ class _Teller:
     def _recoveries(self) -> list[Recovery]:
         """Of every change that lost somebody: when the fault struck is known by the peer, else by the first fence.
 
-        A change that another one overtook is over when that one is.
+        Survivors of a change that another one overtook are over it when they are over that one.
         """
-        found: list[Recovery] = []
-        done = None
-        for _, change in sorted(self._changes.items(), reverse=True):
-            done = change.get("last recovered", done)
-            if not change["lost"] or "last epoch" not in change:
+        found = []
+        for number, change in self._changes.items():
+            if not change.lost:
                 continue
-            fence = change.get("first fenced", change["first epoch"])
+            fence = change.began
             lost, marks = [], []
-            for member in change["lost"]:
+            for member in change.lost:
                 peer, since = self._joined.get(member, (f"member {member}", 0.0))
                 lost.append(peer)
                 fits = [m for m in self._marks.get(peer, ()) if since <= m.at <= fence + _LATE and m.kind in _LOSSES]
                 marks += sorted(fits, key=lambda mark: mark.at)[-1:]
             struck = min(max((mark.at for mark in marks), default=fence), fence)
             kinds = [*dict.fromkeys(mark.kind for mark in marks)]
-            formed = max(change["last epoch"], fence)
+            survivors = change.there.difference(lost)
+            formed = max([fence, *self._times("epoch", survivors, number, struck)])
+            done = max([formed, *self._times("recovered", survivors, number, struck)])
             found.append(
                 Recovery(
                     struck,
@@ -312,10 +327,17 @@ class _Teller:
                     f"{' and '.join(kinds) or 'loss'} of {', '.join(lost)}",
                     fence - struck,
                     formed - fence,
-                    max(0.0, (done or formed) - formed),
+                    done - formed,
                 )
             )
         return found
+
+    def _times(self, what: str, survivors: Iterable[str], epoch: int, since: float) -> Iterator[float]:
+        """When each of them first came to it in this epoch or a later one, unless it was struck itself before."""
+        for peer in survivors:
+            at = next((at for number, at in self._reached[what].get(peer, ()) if number >= epoch), None)
+            if at is not None and not any(m.kind in _LOSSES and since < m.at < at for m in self._marks.get(peer, ())):
+                yield at
 
 
 def _figures(report: dict[str, Any]) -> list[tuple[str, bool, str]]:
