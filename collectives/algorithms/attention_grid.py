@@ -233,10 +233,14 @@ class Grid:
         return self._shared(f"partial {turn}", side, piece, number, hop, side.result)
 
     def _shared(self, use: str, side: Side, piece: Piece, number: int, hop: int, row: int) -> Range:
-        """Memory that pieces use in turns, if none of them is kept, and those of owners `hop` apart never at once."""
+        """Memory that pieces use in turns, if none of them is kept, and those of owners `hop` apart never at once.
+
+        Each grid of a draft has its own: ranks of another may have more heads.
+        """
         if side is self._q and self._keeps:
             return self._draft.region((use, side.name, piece.owner, number), piece.rows * row)
         place = self._place(piece.owner)
         at = colour(place[1], hop, self._columns) if side is self._q else colour(place[0], hop, self._rows)
         lane = number % self._abreast[side.name]
-        return self._draft.region((use, side.name, lane, at), piece.rows * row, side.room(row))
+        grid = self._ranks[0][0]
+        return self._draft.region((use, side.name, grid, lane, at), piece.rows * row, side.room(row))
