@@ -6,6 +6,7 @@ that holds the place (`crew_place`); the peer is forked here, as any other, and 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from collectives.communicator import Communicator
-from collectives.errors import Unsupported
+from collectives.errors import Unsupported, UsageError
 from launch import mpirun
 from launch.child import die_with_parent
 from launch.crew import Crew, Desk, Message, Peer
@@ -239,11 +240,13 @@ def require() -> None:
     """Raise unless ranks can be started here, can go on after a death, and can be spawned.
 
     Raises:
-        UsageError: there is no launcher.
-        Unsupported: it is another one than Open MPI's.
+        UsageError: there is no launcher, or no mpi4py.
+        Unsupported: the launcher is another one than Open MPI's.
 
     """
     program, _, open_mpi = mpirun.find()
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UsageError('--transport mpi needs mpi4py; install it: pip install "ringhold[mpi]"')
     if not open_mpi:
         raise Unsupported(f"{program} is not Open MPI's; under others nobody outlives a death, and nobody is spawned")
 

@@ -12,7 +12,7 @@ from collectives import choice, faults
 from collectives.communicator import Communicator
 from collectives.errors import Unsupported, UsageError
 from collectives.state import state_hash
-from launch import churn, churn_cases, console
+from launch import churn, churn_cases, console, mpirun
 from launch.churn_audit import Audit
 from launch.churn_cases import KINDS_OF_OPERATIONS, Workbench, case_of, contribution
 from launch.churn_peer import PHASES
@@ -213,6 +213,12 @@ def test_faults_that_cannot_be_had_here_are_left_out_of_all_and_named(monkeypatc
     assert "need root" in left_out["partition"]
     with pytest.raises(Unsupported, match=r"--faults partition: .* need root"):
         churn._possible(("kill", "partition"), "gloo", strict=True)
+
+
+def test_over_mpi_the_launcher_must_be_one_that_outlives_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpirun, "find", lambda: ("/usr/bin/mpiexec", "/usr/bin", False))
+    with pytest.raises(Unsupported, match="mpiexec is not Open MPI's"):
+        churn._possible(("kill",), "mpi", strict=True)
 
 
 def test_checkpoints_are_loaded_and_compared_with_what_members_saved(tmp_path: Path) -> None:
