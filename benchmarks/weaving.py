@@ -31,7 +31,7 @@ LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FIXED = (0.0, 4e-3)
 """Seconds that half a block takes however few tokens there are: with some a split does not pay."""
 _SHORT = 0.5
-"""Seconds: shorter passes are made more often."""
+"""Seconds: shorter passes are made more often in a round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,8 @@ class Case:
         """Seconds of a pass with that split."""
         return simulated(self.shape, self.tokens, split, world, self.load, network)
 
-    def order(self, seconds: float) -> dict[str, Any]:
-        """What ranks are told; how long a pass will take decides how many there are."""
-        passes = max(1, min(10, round(_SHORT / seconds)))
+    def order(self, passes: int = 1) -> dict[str, Any]:
+        """What ranks are told; so many passes a round."""
         load = {"fixed": self.load.fixed, "each": self.load.each}
         return {"layers": self.shape.layers, "tokens": self.tokens, "split": self.split, "passes": passes, **load}
 
@@ -67,7 +66,7 @@ def gains(given: argparse.Namespace) -> int:
         for layers in (4, 8)
         for ratio in (0.5, 1.0, 2.0)
     ]
-    orders = [case.order(1.0) for _, case in cases]
+    orders = [case.order() for _, case in cases]
     for (ratio, case), (split, whole) in zip(cases, _measured(world, link, orders, min(given.rounds, 3)), strict=True):
         communicate = 2 * case.shape.layers * moving
         due, due_whole = (case.simulated(world, network, point) for point in (case.split, tokens))
@@ -100,7 +99,8 @@ def choice(given: argparse.Namespace) -> int:
             case = Case(shape, tokens, choose_split(shape, tokens, world, load, network), load)
             cases.append(case)
             dues.append([case.simulated(world, network, point) for point in (case.split, tokens)])
-    orders = [case.order(whole) for case, (_, whole) in zip(cases, dues, strict=True)]
+    passes = [max(1, min(10, round(_SHORT / whole))) for _, whole in dues]
+    orders = [case.order(count) for case, count in zip(cases, passes, strict=True)]
     rows, worst, expected = [], 0.0, 0.0
     for case, due, (split, whole) in zip(cases, dues, _measured(world, link, orders, given.rounds), strict=True):
         worst, expected = max(worst, split / whole), max(expected, due[0] / due[1])
