@@ -58,7 +58,7 @@ class Judge:
         self._returned: dict[Key, dict[Host, int]] = {}
         self._raised: dict[Key, dict[Host, RingholdError]] = {}
         self._entered: dict[tuple[Host, str], int] = {}
-        self._inside: set[tuple[Host, str]] = set()
+        """The last operation of a lane, negative when it is left."""
         self._newest_attempt: dict[Key, int] = {}
         self._views: dict[Key, int] = {}
         self._lost: set[int] = set()
@@ -270,17 +270,14 @@ class Judge:
 
     def entered(self, host: "Host", lane: str, seq: int) -> None:
         """Rule R1: a member enters a lane's operations one behind the other, each when the last one has ended."""
-        before = self._entered.get((host, lane))
-        if before is not None and seq != before + 1:
-            self.fail(f"{host.name} enters {lane} {seq} after {before}")
-        if (host, lane) in self._inside:
-            self.fail(f"{host.name} enters {lane} {seq} inside of {before}")
+        before = self._entered.get((host, lane), 1 - seq)
+        if seq != 1 - before:
+            self.fail(f"{host.name} enters {lane} {seq} after {abs(before)}{', which goes on' if before > 0 else ''}")
         self._entered[host, lane] = seq
-        self._inside.add((host, lane))
 
-    def left(self, host: "Host", lane: str) -> None:
+    def left(self, host: "Host", lane: str, seq: int) -> None:
         """A member leaves an operation, by a result or by an error."""
-        self._inside.discard((host, lane))
+        self._entered[host, lane] = -seq
 
     def attempts(self, host: "Host", lane: str, seq: int, epoch: int) -> None:
         """A member begins an attempt."""

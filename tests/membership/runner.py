@@ -86,7 +86,7 @@ class Runner:
             self.judge.raised(host, name, seq, error)
             return type(error).__name__
         finally:
-            self.judge.left(host, name)
+            self.judge.left(host, name, seq)
             if not host.dead:
                 core.exit(name, seq)
                 core.forget()
@@ -137,7 +137,8 @@ class Runner:
                 continue
             members = core.members_of(name, verdict.epoch)
             yield from self.point("verdict")
-            yield from self._refuse_if_lost(call, seq, mesh, members)
+            if call.members != members:
+                yield from self._refuse_if_lost(call, seq, mesh, members)
             attempts += 1
             last = mesh.epoch
             if attempts > 1:
@@ -227,7 +228,8 @@ class Runner:
     def _take(self, mesh: Mesh, peer: int, name: str) -> Generator[None, None, Any]:
         me = self.host.core.member
         while (note := mesh.take(me, peer, name)) is None:
-            self._quit_if_told()
+            if self.host.quits:
+                self._quit_if_told()
             yield
         return note
 

@@ -110,3 +110,9 @@ def test_disputes_name_who_says_what() -> None:
     assert "member 1 says [1, 2]" in text
     assert "member 2 says [1, 2, 3]" in text
     assert "member 3" not in text
+
+
+def test_a_disputed_lane_ends_behind_its_last_complete_operation() -> None:
+    for complete in (0, 1, 2):
+        reports = {1: {LOW: report(complete, complete, (1, 2))}, 2: {HIGH: report(0, 0, (1, 2, 3))}}
+        assert [v.seq for v in disputes(reports, frontiers(reports)) if v.lane == LOW] == [complete + 1]

@@ -620,3 +620,37 @@ def test_numbers_go_up_by_one() -> None:
     desk.close(1)
     assert desk.core.highest == 3
     assert desk.join(3) == 3
+
+
+def test_a_journal_of_nothing_is_old_to_who_has_seen_an_epoch() -> None:
+    desk = Desk()
+    desk.resume(1, 1, 1, 1, 1)
+    assert "the journal ends at 0" in desk.stops[0]
+
+
+def test_a_run_that_was_dissolved_is_not_founded_anew() -> None:
+    desk = Desk(founders=3, quorum=True)
+    desk.found(1, 2, 3)
+    desk.close(1)
+    desk.close(2)
+    last = desk.disk[-1]
+    assert isinstance(last, Decision)
+    assert (last.members, last.ended) == ([], False)
+
+
+def test_the_evicted_are_strangers() -> None:
+    desk = Desk()
+    desk.found(1, 2)
+    desk.wait(5.0, 1)
+    assert 2 in desk.closed
+    actions = desk.core.on_message(2, Beat([]), desk.now)
+    assert actions[0] == Send(2, Refused("say Join or Resume first"))
+
+
+def test_the_status_tells_how_long_ago_somebody_was_heard() -> None:
+    desk = Desk()
+    desk.found(1, 2)
+    desk.now += 150.5
+    (status,) = desk.say(99, Inspect())
+    assert isinstance(status, Status)
+    assert {m.age for m in status.members} == {150.5}

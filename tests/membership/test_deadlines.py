@@ -1,5 +1,7 @@
 """The coordinator's deadlines to the instant: when silence, a gap, a complaint or a stall counts, and when not yet."""
 
+from dataclasses import replace
+
 import pytest
 
 from collectives.membership.protocol import Beat, LinkDown, Prepare, Stalled
@@ -79,6 +81,8 @@ def test_a_failed_link_has_a_heartbeat_in_which_its_end_may_turn_out_dead() -> N
     assert made.judge({1: {}, 2: {}}, 99.0, 100.0 + HEARTBEAT) == Remedy()
     made.clear()
     assert not made
+    made.link_down(1, 3, 100.0)
+    assert made.judge({1: {}, 3: {}}, 99.0, 110.0) == Remedy()
 
 
 def test_a_link_that_fails_again_costs_one_end_its_place() -> None:
@@ -128,9 +132,11 @@ def test_a_dead_link_without_a_sound_is_mended_at_once() -> None:
 def test_a_stall_is_not_judged_before_everybody_has_beaten_once() -> None:
     desk = Desk()
     desk.found(1, 2)
-    desk.say(1, Beat([row(1)]))
     desk.say(1, Stalled(1, "main", 1))
-    desk.wait(10.0, 1)  # member 2 goes for its silence, not for its absence
+    for _ in range(10):
+        desk.say(1, Beat([row(1)]))
+        desk.tick()
+    # Member 2 goes for its silence, not for its absence.
     assert "silent for more than" in str(desk.told[2][-1])
 
 
@@ -142,3 +148,26 @@ def test_a_failed_link_is_judged_at_the_tick_behind_it() -> None:
     assert desk.core.change is None
     desk.tick(EARLIER)
     assert desk.preparing() == Prepare(2, [1, 2])
+
+
+def test_half_of_an_odd_timeout() -> None:
+    for seconds, waits in ((2.5, False), (2.6, True)):
+        desk = Desk()
+        desk.found(1, 2)
+        desk.core.options = replace(desk.core.options, heartbeat_timeout=5.0)
+        desk.tick(1.0)
+        desk.tick(1.0)
+        desk.tick(seconds - 2.0)
+        # Nobody was heard for so long: is that our own network's doing?
+        desk.close(2)
+        assert (desk.core.members == (1, 2)) is waits
+
+
+def test_of_two_links_that_fail_again_the_first_is_judged() -> None:
+    made = complaints()
+    for _ in range(2):
+        made.clear()
+        made.link_down(3, 4, 100.0)
+        made.link_down(1, 2, 100.0)
+        remedy = made.judge({}, 99.0, 110.0)
+    assert remedy == Remedy((2,), "its links to [1] failed twice")

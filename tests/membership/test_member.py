@@ -381,6 +381,7 @@ def test_an_attempt_of_another_epoch_interrupts_nothing(core: Member) -> None:
     for epoch in (0, 2):
         assert core.interrupt("main", epoch, 2) == []
         assert core.link_down(epoch, 2) == []
+    assert core.lanes["main"].interrupted == 0
     assert core.verdict("main", seq) == Run(1)
 
 
@@ -399,3 +400,19 @@ def test_errors_tell_the_survivors(core: Member) -> None:
     core.on_decision(msgspec.structs.replace(decide(3, [1]), lost=[3]))
     core.on_decision(msgspec.structs.replace(decide(4, [1]), lost=[4]))
     assert core.lost == {3, 4}
+
+
+def test_nothing_is_complete_that_was_not_staged(core: Member) -> None:
+    seq = core.enter("main", "all_reduce")
+    assert not core.complete("main", seq, 1)
+    assert core.stage("main", seq, 1)
+    assert not core.complete("main", seq + 1, 1)
+    assert core.complete("main", seq, 1)
+    assert not core.complete("main", seq, 1)
+
+
+def test_a_verdict_on_what_is_behind_us_is_no_matter_inside_of_the_next(core: Member) -> None:
+    seq = done(core)
+    core.enter("main", "all_reduce")
+    core.on_decision(decide(2, [1, 2], verdicts=[Verdict("main", seq, "lost", "so")]))
+    assert core.verdicts == {}

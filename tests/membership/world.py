@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from itertools import count
 from random import Random
 from typing import Any
 
@@ -48,7 +49,7 @@ class World:
         self.armed: dict[str, list[list[Any]]] = {}
         """Per point, the faults to come there and in how many times."""
         self._heap: list[Event] = []
-        self._order = 0
+        self._order = count(1)
         self.judge = Judge(self)
         self.faults = Faults(self)
         self.headquarters = Headquarters(self)
@@ -100,13 +101,11 @@ class World:
 
     def at(self, time: float, process: Process, action: Callable[..., None], *given: Any) -> None:
         """Have a process do something at a time."""
-        self._order += 1
-        heappush(self._heap, (time, self._order, process, action, given))
+        heappush(self._heap, (time, next(self._order), process, action, given))
 
     def after(self, delay: float, process: Process, action: Callable[..., None], *given: Any) -> None:
         """Have a process do something after a delay."""
-        self._order += 1
-        heappush(self._heap, (self.now + delay, self._order, process, action, given))
+        heappush(self._heap, (self.now + delay, next(self._order), process, action, given))
 
     def lag(self, scale: float) -> float:
         """Draw a delay: mostly about `scale`, at times several times that."""
