@@ -7,6 +7,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ log = logging.getLogger("ringhold.coordinator")
 MAX_UNPROVEN = 256
 """Connections that may be in their handshake at once; when more come, the oldest goes. An honest handshake takes
 milliseconds, so that idle ones, however many, keep nobody out."""
+DESCRIPTORS = 65536
 MAX_UNSENT = 4 << 20
 """Bytes that may wait for a peer that does not read; then its connection is closed."""
 
@@ -188,6 +190,14 @@ class CoordinatorServer:
         self._stopped.set()
 
 
+def _take_descriptors() -> None:
+    """Have as many as the system gives: strangers that say nothing hold some for as long as a handshake may take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _log_record(record: object) -> None:
     match record:
         case Prepared(epoch):
@@ -231,4 +241,5 @@ def run_coordinator(
                 ready(server.port)
             await server.serve()
 
+    _take_descriptors()
     asyncio.run(main())

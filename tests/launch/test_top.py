@@ -3,10 +3,12 @@
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from launch.top import _columns, _looks
 from launch.vitals import HEADINGS, Vitals, Watch
 from tests.conformance.steered import steered
 from tests.harness.cluster import TOKEN, Cluster
+
+_HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+_MOST = 70000 if _HARD == resource.RLIM_INFINITY else min(70000, _HARD)
 
 
 def status(seq: int) -> Status:
@@ -108,12 +113,14 @@ def test_idle_readers_make_room_and_take_no_descriptors() -> None:
 def test_a_coordinator_serves_its_page(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.coordinator", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
     environ = {**os.environ, "RINGHOLD_TOKEN": "hidden-token"}
+    few = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (300, _MOST))
     popen = subprocess.Popen(
         [*command, "--journal", str(tmp_path / "j"), "--new"],
         env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=few,  # noqa: PLW1509 - no lock is held by another thread that this takes
     )
     try:
         assert popen.stderr is not None
@@ -121,6 +128,8 @@ def test_a_coordinator_serves_its_page(tmp_path: Path) -> None:
         assert "listens on" in popen.stdout.readline()
         line = next(line for line in popen.stderr if "live page at" in line)
         port = int(line.rstrip().rstrip("/").rpartition(":")[2])
+        soft, hard = resource.prlimit(popen.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(hard, 65536), "strangers shall not take all descriptors"
         for path in ("/", "/metrics"):
             code, text = get(port, path)
             assert code == 200
