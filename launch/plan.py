@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--pin", "pins", multiple=True, metavar="NAME=S(0),B", help="Where a tensor must live; may be repeated.")
 @click.option("--redundancy", type=click.IntRange(0, 1), help="1 counts second copies of what one rank holds alone.")
 @click.option("--devices", type=click.IntRange(1), help="Devices of the cluster, with --config.")
+@click.option("--precision", type=click.Choice(["bf16", "fp8"]), help="Of products, with --config.  [default: bf16]")
 @click.option(
     "--hardware",
     metavar="NAME|FILE",
@@ -65,6 +66,8 @@ def command(**given: Any) -> None:
         return
     if given["devices"] is not None:
         raise UsageError("--devices is for --config; say the ranks of --example and --step by --mesh")
+    if given["precision"] is not None:
+        raise UsageError("--precision is for --config; the dtypes of --example and --step are those of their tensors")
     with told():
         _plan_step(given, memory)
 

@@ -11,6 +11,7 @@ from parallel.scale.cluster import Cluster
 from parallel.scale.layer import Layers
 from parallel.scale.predict import predict
 from parallel.scale.search import Candidate, Found, search
+from parallel.scale.strategy import Precision
 from parallel.scale.transformer import Transformer
 from parallel.stages import Stage, Stages
 
@@ -35,7 +36,8 @@ def run(config: str, given: dict[str, Any]) -> None:
     batch = given["batch"] or max(1, _TOKENS // model.seq // devices) * devices
     memory = given["memory"]
     stages = Stages()
-    found = search(model, cluster, devices, batch, given["top"] or 10, memory=memory, inside=stages.saved)
+    precision: Precision = given["precision"] or "bf16"
+    found = search(model, cluster, devices, batch, given["top"] or 10, precision, memory, stages.saved)
     inside = [stages.of(Layers(model, candidate.strategy, cluster)) for candidate in found.best]
     if given["as_json"]:
         print(json.dumps({"devices": devices, "batch": batch} | _report(model, cluster, found, inside)))

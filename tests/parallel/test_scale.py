@@ -269,6 +269,7 @@ def test_predict_takes_a_model_by_its_numbers(capsys: pytest.CaptureFixture[str]
         ("predict --config llama3-8b --dp 3 --batch 4", "3 or 6 would be"),
         ("predict --config llama3-8b --pp 64", "do not fill"),
         ("plan --config llama3-8b", "--devices"),
+        ("plan --example mlp --precision fp8", "--precision is for --config"),
         ("plan --config llama3-80b --devices 8", "did you mean llama3-8b?"),
         ("plan --config llama3-8b --layers 4 --devices 11 --batch 7", "nothing divides"),
     ],
