@@ -4,32 +4,14 @@ Called by `launch.summary` once the run itself is over. Imports torch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from collectives.errors import UsageError
 from launch import ledger, reference
 from launch.config import JobConfig
-from launch.verdict import Check
+from launch.verdict import Check, Proofs
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Proofs:
-    """What was proven. `loss` and `reference_loss` are of the last step."""
-
-    checks: tuple[Check, ...]
-    loss: float | None = None
-    reference_loss: float | None = None
-    repeated: int = 0
-    """Attempts of steps that lost a member and were repeated."""
-    epochs: int = 0
-    """Membership epochs in which steps were committed."""
-    first_step: int = 0
-    losses: tuple[float, ...] = ()
-    """Of every step from `first_step` on."""
-    reference: tuple[float, ...] = ()
-    """Of the fault-free run, where there is one."""
 
 
 def prove(config: JobConfig, *, against_reference: bool, control: bool, tell: Tell) -> Proofs:

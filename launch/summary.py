@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from launch import display, proofs, verdict
+from launch import display, verdict
 from launch.record import Entry, RunLog, RunRecord, entry, read_log
 from launch.session import Outcome, Request
 from launch.timeline import Recovery, recoveries
@@ -15,8 +15,10 @@ def conclude(outcome: Outcome, request: Request, *, as_json: bool, reference: bo
     """Judge the run, print the summary on stdout (rank 0), keep it as OUT/summary.json, and return the exit code."""
     record = outcome.record
     checks = verdict.judge(record)
-    proven = proofs.Proofs(())
+    proven = verdict.Proofs(())
     if verdict.finishers(record.peers) and not record.signal:
+        from launch import proofs  # imports torch: who interrupts a run does not wait for it
+
         proven = proofs.prove(
             request.config, against_reference=reference, control=control, tell=lambda line: _tell(line, request.quiet)
         )
@@ -36,7 +38,7 @@ def conclude(outcome: Outcome, request: Request, *, as_json: bool, reference: bo
     return code
 
 
-def _log_verdict(request: Request, checks: list[verdict.Check], proven: proofs.Proofs, code: int) -> None:
+def _log_verdict(request: Request, checks: list[verdict.Check], proven: verdict.Proofs, code: int) -> None:
     """The log ends with what came of the run: `launch.report` needs no other file."""
     log = RunLog(request.out / "run.jsonl")
     told = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks]
@@ -55,7 +57,7 @@ def _summary(
     request: Request,
     record: RunRecord,
     checks: list[verdict.Check],
-    proven: proofs.Proofs,
+    proven: verdict.Proofs,
     recovered: list[Recovery],
     log: list[Entry],
     code: int,

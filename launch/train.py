@@ -15,7 +15,7 @@ import click
 
 from collectives import faults as points
 from collectives.errors import UsageError
-from launch import console, faults, session
+from launch import console, faults, session, summary
 from launch.config import JobConfig
 from launch.environment import Launcher, detect
 
@@ -165,8 +165,6 @@ def conclude(
     verdict = session.await_verdict(outcome, request.timeout)
     if verdict is not None:
         return verdict
-    from launch import summary  # the proofs import torch
-
     code = summary.conclude(outcome, request, as_json=as_json, reference=reference, control=control)
     return outcome.conclude(code)
 

@@ -22,6 +22,24 @@ class Check:
     exit_code: int = RingholdError.exit_code
 
 
+@dataclass(frozen=True, slots=True)
+class Proofs:
+    """What `launch.proofs` found. `loss` and `reference_loss` are of the last step."""
+
+    checks: tuple[Check, ...]
+    loss: float | None = None
+    reference_loss: float | None = None
+    repeated: int = 0
+    """Attempts of steps that lost a member and were repeated."""
+    epochs: int = 0
+    """Membership epochs in which steps were committed."""
+    first_step: int = 0
+    losses: tuple[float, ...] = ()
+    """Of every step from `first_step` on."""
+    reference: tuple[float, ...] = ()
+    """Of the fault-free run, where there is one."""
+
+
 def judge(record: RunRecord) -> list[Check]:
     """Return the checks of the run itself: it ended, its peers did as planned, its faults struck, the states agree.
 
