@@ -20,11 +20,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.membership.branches import watch
+from tests.membership.branches import Branches, watch
 from tests.membership.history import History, draw
 from tests.membership.judge import Violation
 from tests.membership.shrink import as_test, failure, shrink
 from tests.membership.world import LONG, World
+
+LOOK = 500
+"""Histories after which it is looked whether every branch was taken."""
 
 
 @dataclass(slots=True)
@@ -127,8 +130,13 @@ def first_violation(most: int, themes: tuple[str, ...] = ()) -> int:
     return -1
 
 
-def explore(first: int, count: int) -> Report:
-    """Play `count` histories from seed `first` on. Raises `Violation` at the first that fails."""
+def explore(first: int, count: int, branches: Branches | None = None) -> Report:
+    """Play `count` histories from seed `first` on, watched until they took every branch.
+
+    Raises:
+        Violation: at the first that fails.
+
+    """
     report = Report()
     began = time.process_time()
     with _rarely_collected() as played:
@@ -139,6 +147,8 @@ def explore(first: int, count: int) -> Report:
             report.events += world.events
             report.seen.update(world.judge.seen)
             played()
+            if branches is not None and report.histories % LOOK == 0:
+                branches.look()
     report.seconds = time.process_time() - began
     return report
 
@@ -156,7 +166,7 @@ def main() -> int:
         return 0
     try:
         with nullcontext(None) if given.unwatched else watch() as branches:
-            report = explore(given.seed, given.count)
+            report = explore(given.seed, given.count, branches)
     except Violation as violation:
         print(violation)
         return 1
