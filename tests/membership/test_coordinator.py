@@ -654,3 +654,23 @@ def test_the_status_tells_how_long_ago_somebody_was_heard() -> None:
     (status,) = desk.say(99, Inspect())
     assert isinstance(status, Status)
     assert {m.age for m in status.members} == {150.5}
+
+
+def test_after_a_restart_who_waits_is_announced_to_all() -> None:
+    again = _restarted()
+    again.resume(11, 1, 1, 1, 1)
+    again.resume(12, 2, 2, 1, 1)
+    told = len(again.told[11])
+    again.join(3)
+    assert again.told[11][told:] == [Waiting(1)]
+
+
+def test_who_is_behind_is_told_and_needs_no_change() -> None:
+    desk = Desk(founders=3)
+    desk.found(1, 2, 3)
+    desk.close(3)
+    assert desk.report(1, 2) is not None
+    again = desk.restart()
+    told = again.resume(11, 1, 1, 1, 1)
+    assert [type(message) for message in told] == [Decision, Waiting]
+    assert again.core.change is None

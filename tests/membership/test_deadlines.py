@@ -161,6 +161,12 @@ def test_half_of_an_odd_timeout() -> None:
         # Nobody was heard for so long: is that our own network's doing?
         desk.close(2)
         assert (desk.core.members == (1, 2)) is waits
+        slept = Desk()
+        slept.found(1, 2)
+        slept.core.options = replace(slept.core.options, heartbeat_timeout=5.0)
+        slept.now += seconds
+        slept.close(2)
+        assert (slept.core.members == (1, 2)) is waits
 
 
 def test_of_two_links_that_fail_again_the_first_is_judged() -> None:

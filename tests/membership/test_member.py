@@ -215,6 +215,7 @@ def test_a_failed_attempt_waits_for_another_epoch(core: Member) -> None:
     core.on_decision(decide(2, [1, 2]))
     assert core.verdict("main", seq) == Run(2)
     assert core.interrupt("main", 1, 2) == []
+    assert core.lanes["main"].interrupted == 0
     assert core.verdict("main", seq) == Run(2)
 
 
@@ -416,3 +417,11 @@ def test_a_verdict_on_what_is_behind_us_is_no_matter_inside_of_the_next(core: Me
     core.enter("main", "all_reduce")
     core.on_decision(decide(2, [1, 2], verdicts=[Verdict("main", seq, "lost", "so")]))
     assert core.verdicts == {}
+
+
+def test_what_is_under_way_is_not_left(core: Member) -> None:
+    for _ in range(3):
+        done(core)
+    core.enter("main", "all_reduce")
+    (row,) = fence(core, 2).lanes.values()
+    assert (row.entered, row.left) == (4, 3)

@@ -84,6 +84,8 @@ def test_under_way() -> None:
     assert under_way(row(2), 2)
     assert not under_way(row(2, "idle"), 2)
     assert not under_way(row(3), 2)
+    assert not under_way(row(1), 2)
+    assert all(under_way(row(2, phase), 2) for phase in ("confirming", "moving", "recovering"))
 
 
 def test_a_link_is_silent_whichever_end_waits() -> None:
