@@ -65,7 +65,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: right; padding: 4px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; font-weight: 500; }
 thead th { color: var(--soft); font-weight: 500; }
-td.text { text-align: left; white-space: normal; min-width: 320px; }
+td.text { text-align: left; white-space: normal; min-width: min(320px, 50vw); }
 td.good { color: var(--good); }
 td.bad { color: var(--bad); }
 .heat td { background: rgba(var(--heat), calc(var(--share, 0) * .35)); border: 1px solid var(--line); }
