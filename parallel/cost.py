@@ -18,7 +18,7 @@ from parallel.carry import refreshing
 from parallel.graph import KEPT, Input, Node, Value
 from parallel.layout import Flat, Layout, Mesh, Split
 from parallel.machine import Machine
-from parallel.plans import Placements, Sharding
+from parallel.plans import Placements, Plan, Sharding
 
 NO_WORK = (
     "aten.view.",
@@ -68,6 +68,14 @@ class Costs:
         link = self.link(change.axes)
         sent = change.elements * value.dtype.itemsize / self.mesh.size
         return change.launches * self.machine.launch + change.steps * link.latency + sent / link.bandwidth
+
+    def parts(self, plan: Plan) -> tuple[float, float, float]:
+        """Seconds of a plan: of operations, of reshards, of second copies. UsageError: a reshard is not possible."""
+        pairs = zip(plan.graph.nodes, plan.nodes, strict=True)
+        compute = sum(self.operation(node, sharding) for node, sharding in pairs)
+        talk = sum(self.reshard(reshard.value, reshard.boxing) for reshard in plan.reshards)
+        copying = sum(self.refresh(copy.source, copy.layout.placements) for copy in plan.replicas if copy.changed)
+        return compute, talk, copying
 
     def refresh(self, source: Input, placed: Placements) -> float:
         """Seconds of bringing the second copy of an input up to date."""

@@ -156,8 +156,8 @@ def optimality(plan: Plan) -> str:
     how = "the linear relaxation is integral" if figures.relaxed else "branch and bound"
     if figures.by_axis:
         return (
-            f"at most {figures.gap:.2%} slower than computation that need not communicate, which bounds every plan for "
-            f"this cost model; found along one axis of the mesh at a time, {problem}"
+            f"at most {figures.gap:.2%} slower than the best for this cost model, {problem} (found along one axis of "
+            f"the mesh at a time; dual bound of all plans)"
         )
     if figures.gap < 1e-6:
         return f"optimal for this cost model, {problem} ({how})"

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.flows import Flow
+from parallel.cost import Costs
+from parallel.flows import Flow, Flows
+from parallel.folding import Classes
 from parallel.graph import Input, Role
-from parallel.plans import Placements, Plan
+from parallel.options import Options
+from parallel.plans import Placements, Plan, Sharding
 from parallel.program import Pair, Program, Vector
 
 _COPIES = "second copies"
@@ -80,29 +83,16 @@ def profile(program: Program, plan: Plan) -> Profile:
 
 
 def limit(program: Program, at: int, nbytes: float) -> None:
-    """Add rows that keep what is held while node `at` runs within so many bytes."""
-    terms: dict[int, float] = defaultdict(float)
+    """Add rows that keep what is held while node `at` runs within so many bytes; the last is one of `limits`."""
+    terms, scale = _terms(program, at), max(nbytes, 1.0)
     copies: dict[tuple[tuple[int, ...], tuple[int, ...], int], int] = defaultdict(int)
-    end = len(program.graph.nodes)
     for flow in program.flows.values:
-        value = flow.value
-        if max(flow.born, 0) <= at <= _last(flow, end):
-            for placed, numbers in program.made(flow.maker, flow.output).items():
-                size = program.costs.local_bytes(value, placed)
-                for number in numbers:
-                    terms[number] += size
-        source = program.classes.first[flow.maker]
-        if isinstance(source, Input) and program.costs.redundancy:
-            for placed, numbers in program.made(flow.maker, flow.output).items():
-                for number in numbers:
-                    terms[number] += program.costs.copy_bytes(source, placed)
         for pair, (before, now, after) in _copied(program, flow, at).items():
-            size = program.costs.local_bytes(value, pair[1])
+            size = program.costs.local_bytes(flow.value, pair[1])
             if now:
                 copies[now, (), size] += 1
             elif before and after:
                 copies[before, after, size] += 1
-    scale = max(nbytes, 1.0)
     for (before, after, size), count in copies.items():
         held = program.variable()
         terms[held] += size * count
@@ -111,7 +101,57 @@ def limit(program: Program, at: int, nbytes: float) -> None:
                 program.row({held: 1.0, one: -1.0}, 0.0, np.inf)
             for other in after:
                 program.row({held: 1.0, one: -1.0, other: -1.0}, -1.0, np.inf)
-    program.row({number: size / scale for number, size in terms.items()}, -np.inf, 1.0)
+    row = program.row({number: size / scale for number, size in terms.items()}, -np.inf, 1.0)
+    program.limits.append(row)
+
+
+def toll(program: Program, at: int) -> dict[int, float]:
+    """Bytes that each variable of a program adds to what is held while node `at` runs, about.
+
+    A copy that is wanted before the node and after it is there if both are so; here each counts half. Choices and
+    changes stand apart in it, so a program that pays for them is no harder than one without a limit.
+    """
+    terms = _terms(program, at)
+    for flow in program.flows.values:
+        for pair, (before, now, after) in _copied(program, flow, at).items():
+            size = program.costs.local_bytes(flow.value, pair[1])
+            for number in now:
+                terms[number] += size / len(now)
+            for number in (*before, *after) if before and after and not now else ():
+                terms[number] += size / (len(before) + len(after))
+    return terms
+
+
+def _terms(program: Program, at: int) -> dict[int, float]:
+    """Bytes that each choice adds to what is held while node `at` runs: of values where they are made."""
+    terms: dict[int, float] = defaultdict(float)
+    end = len(program.graph.nodes)
+    for flow in program.flows.values:
+        if max(flow.born, 0) <= at <= _last(flow, end):
+            for placed, numbers in program.made(flow.maker, flow.output).items():
+                size = program.costs.local_bytes(flow.value, placed)
+                for number in numbers:
+                    terms[number] += size
+        source = program.classes.first[flow.maker]
+        if isinstance(source, Input) and program.costs.redundancy:
+            for placed, numbers in program.made(flow.maker, flow.output).items():
+                for number in numbers:
+                    terms[number] += program.costs.copy_bytes(source, placed)
+    return terms
+
+
+def burden(flows: Flows, classes: Classes, costs: Costs, options: Options, at: int) -> dict[int, Vector]:
+    """Bytes that each option of a class adds to what is held while node `at` runs, but for resharded copies."""
+    end = len(classes.node)
+    found = {kind: np.zeros(len(every)) for kind, every in options.items()}
+    for flow in flows.values:
+        every, source = options[flow.maker], classes.first[flow.maker]
+        if max(flow.born, 0) <= at <= _last(flow, end):
+            made = [option.outputs[flow.output] if isinstance(option, Sharding) else option for option in every]
+            found[flow.maker] += [costs.local_bytes(flow.value, placed) for placed in made]
+        if isinstance(source, Input):
+            found[flow.maker] += [costs.copy_bytes(source, o) for o in every if not isinstance(o, Sharding)]
+    return found
 
 
 def _copied(program: Program, flow: Flow, at: int) -> dict[Pair, tuple[tuple[int, ...], ...]]:

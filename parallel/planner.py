@@ -10,31 +10,31 @@ from time import monotonic
 
 import numpy as np
 
-from collectives.errors import RingholdError
 from parallel import liveness
+from parallel.bound import Bound
 from parallel.capturing import Step
 from parallel.cost import Costs
+from parallel.fitting import Fit, Fitting, NoPlan
 from parallel.flows import trace
-from parallel.folding import Classes, fold
-from parallel.graph import Graph, Input, Role
+from parallel.folding import fold
+from parallel.graph import Graph, Input
 from parallel.layout import Broadcast, Mesh, Placement
-from parallel.liveness import Profile
 from parallel.machine import CPU, Machine
 from parallel.options import Options, check_pins, of_classes
 from parallel.plans import Figures, Option, Placements, Plan, Sharding
-from parallel.program import Program, changes, cheapest
-from parallel.solver import Solution, Unsolved, solve
+from parallel.program import Program, changes, price
+from parallel.solver import Unsolved
 
-_ROUNDS = 40
-"""Of adding memory rows where the last solution passes the limit."""
+__all__ = ["NoPlan", "Search", "plan", "plans"]
+
 _AT_ONCE = 40_000
 """Changes of placement up to which a program is solved with all options of both axes."""
 _GAIN = 1e-6
 """Share of the time below which an improvement is none."""
-
-
-class NoPlan(RingholdError):
-    """No plan meets what was asked for: a memory limit, or pins that contradict each other."""
+_SWEEPS = 96
+"""Of raising the bound for all options of both axes, at most."""
+_PROVEN = 1e-4
+"""Share of the time from the bound at which a plan of some options is good enough."""
 
 
 def plan(
@@ -63,7 +63,7 @@ def plan(
     Raises:
         UsageError: a pin names nothing, or a placement that the tensor cannot have.
         NoPlan: nothing keeps within the memory, or with the pins.
-        Unsolved: no plan was found in that time.
+        Unsolved: no plan was found in that time; if one was, it is returned, with what is proven of it.
 
     """
     return plans(step, mesh, 1, memory, pins, machine, tied, seconds, redundancy)[0]
@@ -110,13 +110,16 @@ class Search:
 
     def best(self) -> tuple[Plan, Options]:
         """The best plan, and the options of the program in which it was found. NoPlan: there is none."""
-        options, least = self.all, None
-        if len(self.costs.mesh.axes) > 1 and changes(self.flows, options) > _AT_ONCE:
-            options, least = self._axis_by_axis()
+        options = self.all
+        some = len(self.costs.mesh.axes) > 1 and changes(self.flows, options) > _AT_ONCE
+        if some:
+            options = self._axis_by_axis()
         found = self._solve(self._program(options))
         if found is None:
             raise self._impossible()
-        return (found[0] if least is None else _bounded(found[0], least)), options
+        if some:
+            return self._proven(found, options)
+        return self._figured(found), options
 
     def others(self, options: Options, count: int) -> list[Plan]:
         """The next best plans, each of which places some input otherwise than all before."""
@@ -124,36 +127,35 @@ class Search:
         found: list[Plan] = []
         solved = self._solve(program) if count else None
         while solved is not None and len(found) < count:
-            chosen = solved[1]
             numbers = []
             for kind, member in enumerate(self.classes.first):
                 unit, _ = program.units.place[kind]
                 if isinstance(member, Input) and len(program.units.joints[unit]) > 1:
-                    numbers.append(program.first[unit] + program.units.joints[unit].index((chosen[kind],)))
+                    numbers.append(program.first[unit] + program.units.joints[unit].index((solved.chosen[kind],)))
             if not numbers:
                 break
             program.row(dict.fromkeys(numbers, 1.0), -np.inf, len(numbers) - 1.0)
             solved = self._solve(program)
             if solved is not None:
-                found.append(solved[0])
+                found.append(self._figured(solved))
         return found
 
-    def _axis_by_axis(self) -> tuple[Options, float]:
-        """The options that are worth looking at together, and a bound.
+    def _axis_by_axis(self) -> Options:
+        """The options that are worth looking at together.
 
         Plans are improved along one axis while the other stays as it is, in turns until nothing is gained, from three
-        starts: both axes alike, and each axis alone. What any of these plans chose is worth looking at. The bound is
-        that of operations which need not communicate.
+        starts: both axes alike, and each axis alone. What any of these plans chose is worth looking at.
         """
         seen: dict[int, dict[Option, None]] = {kind: {} for kind in self.all}
+        until = monotonic() + self.seconds
         for start in (_alike, partial(_idle, 0), partial(_idle, 1)):
             options = {kind: tuple(filter(start, every)) or every[:1] for kind, every in self.all.items()}
             best, axis, stuck = np.inf, 0, 0
             while stuck < 2:
-                found = self._quick(self._program(options))
-                if found is None:
+                found = self._quick(self._program(options), self.seconds / 4)
+                if found is None or monotonic() > until:
                     break
-                time, chosen = found
+                time, chosen = found.objective, found.chosen
                 stuck = 0 if time < best * (1 - _GAIN) else stuck + 1
                 best, axis = min(best, time), 1 - axis
                 for kind, option in chosen.items():
@@ -162,42 +164,89 @@ class Search:
                     kind: tuple(option for option in every if _along(option, axis) == _along(chosen[kind], axis))
                     for kind, every in self.all.items()
                 }
-        worth = {kind: tuple(found) or self.all[kind] for kind, found in seen.items()}
-        return worth, cheapest(self.all, self.classes, self.costs)
+        return {kind: tuple(found) or self.all[kind] for kind, found in seen.items()}
 
-    def _quick(self, program: Program) -> tuple[float, dict[int, Option]] | None:
-        """Seconds and choices of the best plan of a program, written out only where memory counts."""
-        if self.memory is None:
-            solution = solve(program, self.seconds)
-            return None if solution is None else (solution.objective, program.chosen(solution.values))
-        found = self._solve(program)
-        if found is None:
+    def _quick(self, program: Program, seconds: float) -> Fit | None:
+        """The best plan of a program, if one is found in that time."""
+        try:
+            return Fitting(program, self.memory, seconds).best()
+        except (Unsolved, NoPlan):
             return None
-        assert found[0].figures is not None
-        return found[0].figures.time, found[1]
+
+    def _proven(self, found: Fit, options: Options) -> tuple[Plan, Options]:
+        """A plan of some options, or a better one of others that may be better, with a bound that holds for all."""
+        best, bound = self._figured(found), self._bound(found)
+        assert best.figures is not None
+        for share in (1.0, 0.5, 0.25, 0.125):
+            figures = best.figures
+            if bound.value >= figures.time * (1 - _PROVEN):
+                break
+            near = self._near(bound, (figures.time - bound.value) * share, options)
+            if changes(self.flows, near) > _AT_ONCE:
+                continue
+            other = self._quick(self._program(near), self.seconds)
+            if other is not None and other.objective < found.objective * (1 - _GAIN):
+                found, options = other, near
+                best = self._figured(found)
+            break
+        assert best.figures is not None
+        least = min(bound.value, best.figures.time)
+        gap = 1 - least / best.figures.time
+        return replace(best, figures=replace(best.figures, gap=gap, bound=least, relaxed=False, by_axis=True)), options
+
+    def _bound(self, found: Fit) -> Bound:
+        """A bound of all options, near the time of a plan if it can be; memory counts with what it is worth."""
+        worth = {at: seconds for at, seconds in found.worth.items() if seconds > 0}
+        burdens = [
+            (seconds, liveness.burden(self.flows, self.classes, self.costs, self.all, at))
+            for at, seconds in worth.items()
+        ]
+        alone = {}
+        for kind, every in self.all.items():
+            alone[kind] = np.array([price(self.classes, self.costs, kind, option) for option in every])
+            for seconds, burden in burdens:
+                alone[kind] += seconds * burden[kind] / (self.memory or 1.0)
+        bound = Bound(self.costs, self.flows, self.all, alone, sum(worth.values()))
+        until, goal = monotonic() + self.seconds, found.objective * (1 - _PROVEN)
+        for _ in range(_SWEEPS):
+            if bound.value >= goal or monotonic() > until:
+                break
+            bound.rise()
+        return bound
+
+    def _near(self, bound: Bound, slack: float, options: Options) -> Options:
+        """The options whose price is within so much of their class's least, and those that are known."""
+        near = {}
+        for kind, every in self.all.items():
+            prices = bound.priced(kind)
+            chosen = [every[number] for number in np.flatnonzero(prices <= prices.min() + slack)]
+            near[kind] = tuple(dict.fromkeys((*options[kind], *chosen)))
+        return near
 
     def _program(self, options: Options) -> Program:
         return Program(self.graph, self.costs, self.classes, self.flows, options)
 
-    def _solve(self, program: Program) -> tuple[Plan, dict[int, Option]] | None:
-        """The best plan of a program and its choices; rows are added until it keeps within the memory."""
-        until = monotonic() + self.seconds
-        for _ in range(_ROUNDS):
-            solution = solve(program, max(1.0, until - monotonic()))
-            if solution is None:
-                return None
-            found = _read(program, solution)
-            held = liveness.profile(program, found)
-            if self.memory is None or held.peak <= self.memory:
-                return replace(found, figures=_figures(program, found, held, solution)), program.chosen(solution.values)
-            if monotonic() > until:
-                raise Unsolved(
-                    f"no plan within {self.memory:.0f} bytes a rank was found in {self.seconds:.0f} s of solving; "
-                    f"allow more memory"
-                )
-            for at in held.worst(self.memory):
-                liveness.limit(program, at, self.memory)
-        raise NoPlan(f"no plan within {self.memory:.0f} bytes a rank was found in {_ROUNDS} rounds; allow more memory")
+    def _solve(self, program: Program) -> Fit | None:
+        """The best plan of a program that keeps within the memory; None: there is none."""
+        return Fitting(program, self.memory, self.seconds).best()
+
+    def _figured(self, found: Fit) -> Plan:
+        plan_, costs = found.plan, self.costs
+        compute, talk, copying = costs.parts(plan_)
+        gap = max(0.0, found.objective - found.bound) / found.objective if found.objective else 0.0
+        figures = Figures(
+            compute=compute,
+            communication=talk,
+            copying=copying,
+            memory=found.held.peak,
+            at_peak=found.held.at_peak,
+            gap=gap,
+            bound=min(found.bound, compute + talk + copying),
+            relaxed=found.relaxed,
+            tied=len(self.classes.first) < len(plan_.graph.nodes) + len(plan_.graph.inputs),
+            machine=costs.machine.name,
+        )
+        return replace(plan_, figures=figures)
 
     def _impossible(self) -> NoPlan:
         mesh = self.costs.mesh
@@ -237,65 +286,3 @@ def _alike(option: Option) -> bool:
 
 def _idle(axis: int, option: Option) -> bool:
     return all(isinstance(placement, Broadcast) for placement in _along(option, axis))
-
-
-def _bounded(found: Plan, least: float) -> Plan:
-    """A plan that was found among some options only, with a bound that holds for all."""
-    assert found.figures is not None
-    figures = found.figures
-    gap = max(0.0, 1 - least / figures.time)
-    return replace(found, figures=replace(figures, gap=gap, bound=least, relaxed=False, by_axis=True))
-
-
-def _read(program: Program, solution: Solution) -> Plan:
-    chosen = program.chosen(solution.values)
-    classes = program.classes
-    starts = {kind: option for kind, option in chosen.items() if not isinstance(option, Sharding)}
-    nodes = {kind: option for kind, option in chosen.items() if isinstance(option, Sharding)}
-    plan_ = Plan(
-        program.costs.mesh,
-        program.graph,
-        tuple(starts[kind] for kind in classes.source),
-        tuple(nodes[kind] for kind in classes.node),
-        (),
-        redundancy=program.costs.redundancy,
-    )
-    return replace(plan_, ends=_ends(program.graph, classes, starts, plan_.made, program.costs.everywhere))
-
-
-def _ends(
-    graph: Graph, classes: Classes, starts: Mapping[int, Placements], made: Mapping[str, Placements], whole: Placements
-) -> tuple[Placements, ...]:
-    """Placements of the outputs: as their old values came, gradients as they were made, the loss everywhere."""
-    kinds = {(source.role, source.name): kind for source, kind in zip(graph.inputs, classes.source, strict=True)}
-    ends = []
-    for output in graph.outputs:
-        if output.role == Role.GRADIENT:
-            ends.append(made[output.value.name])
-        elif output.role == Role.LOSS:
-            ends.append(whole)
-        else:
-            ends.append(starts[kinds[output.role, output.name]])
-    return tuple(ends)
-
-
-def _figures(program: Program, found: Plan, held: Profile, solution: Solution) -> Figures:
-    costs = program.costs
-    compute = sum(
-        costs.operation(node, sharding) for node, sharding in zip(found.graph.nodes, found.nodes, strict=True)
-    )
-    talk = sum(costs.reshard(reshard.value, reshard.boxing) for reshard in found.reshards)
-    copying = sum(costs.refresh(copy.source, copy.layout.placements) for copy in found.replicas if copy.changed)
-    gap = max(0.0, solution.objective - solution.bound) / solution.objective if solution.objective else 0.0
-    return Figures(
-        compute=compute,
-        communication=talk,
-        copying=copying,
-        memory=held.peak,
-        at_peak=held.at_peak,
-        gap=gap,
-        bound=min(solution.bound, compute + talk + copying),
-        relaxed=solution.relaxed,
-        tied=len(program.classes.first) < len(found.graph.nodes) + len(found.graph.inputs),
-        machine=costs.machine.name,
-    )

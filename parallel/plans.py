@@ -96,7 +96,7 @@ class Figures:
         relaxed: whether the linear relaxation was integral by itself, so that no search was needed.
         machine: name.
         copying: seconds of a step in which second copies are brought up to date.
-        by_axis: whether it was found along one axis of the mesh at a time; the bound is then of computation alone.
+        by_axis: whether it was found along one axis of the mesh at a time; the bound is a dual one, of all plans.
 
     """
 

@@ -36,7 +36,7 @@ LAUNCH_TIE, MEMORY_TIE, PARTIAL_TIE = 1e-8, 1e-7, 1e-10
 """What a launch, holding every tensor whole instead of none, and a result of partial values are worth where times are
 equal, as shares of the time that all operations need: ties are broken by the number of launches, then by memory, then
 for adding up early: a gradient is reduced rather than the parameter that it has changed."""
-_ALONE = 25_000
+_ALONE = 45_000
 """Changes of placement below which each operation is chosen for by itself."""
 
 
@@ -87,6 +87,8 @@ class Program:
         self.low: list[float] = []
         self.high: list[float] = []
         self._entries: tuple[list[int], list[int], list[float]] = ([], [], [])
+        self.limits: list[int] = []
+        """Numbers of the rows that keep memory within a limit."""
         self.first: list[int] = []
         """The number of the variable of each unit's first option; the others follow."""
         self.crossings: dict[Edge, Crossing] = {}

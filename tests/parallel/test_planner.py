@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,16 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from collectives.errors import UsageError
+from parallel.bound import Bound
 from parallel.capturing import Step, capture
 from parallel.cost import Costs
 from parallel.graph import Graph, Phase, Role
 from parallel.layout import Broadcast, Mesh, Partial, Split
 from parallel.machine import CPU
 from parallel.models.examples import example
-from parallel.planner import NoPlan, plan, plans
+from parallel.planner import NoPlan, Search, plan, plans
 from parallel.plans import Placements, Plan
+from parallel.program import cheapest, price
 from parallel.tables import size
 from tests.parallel.brute import Brute, window
 
@@ -294,10 +297,32 @@ def test_a_large_mesh_of_two_axes_is_planned_axis_by_axis_and_says_so() -> None:
     found = plan(captured, Mesh.of(a=2, b=2), machine=SLOW)
     assert found.figures is not None
     assert found.figures.by_axis
-    assert 0 <= found.figures.gap < 1
+    assert 0 <= found.figures.gap < 0.01
+    assert found.figures.bound == pytest.approx((1 - found.figures.gap) * found.figures.time)
     line = plan(captured, FOUR, machine=SLOW)
     assert line.figures is not None
     assert found.figures.time <= line.figures.time * 1.02
+
+
+@pytest.mark.parametrize("mesh", [FOUR, Mesh.of(a=2, b=2)])
+def test_the_dual_bound_rises_to_the_best_plan_and_never_above(mesh: Mesh) -> None:
+    graph = window(_graph("mlp"), 0, 12)
+    search = Search(graph, Costs(mesh, SLOW), {}, None, True, 20.0)
+    best = search.best()[0].figures
+    assert best is not None
+    assert best.gap < 1e-6
+    alone = {
+        kind: np.array([price(search.classes, search.costs, kind, option) for option in every])
+        for kind, every in search.all.items()
+    }
+    bound = Bound(search.costs, search.flows, search.all, alone)
+    assert bound.value == pytest.approx(cheapest(search.all, search.classes, search.costs))
+    before = 0.0
+    for _ in range(40):
+        bound.rise()
+        assert before * (1 - 1e-9) <= bound.value <= best.time * (1 + 1e-9)
+        before = bound.value
+    assert bound.value >= 0.99 * best.time
 
 
 def test_every_input_and_output_of_a_node_is_placed_and_every_change_is_paid() -> None:
