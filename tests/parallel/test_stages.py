@@ -67,7 +67,7 @@ def test_the_program_means_the_same_by_a_second_as_the_formulas(name: str, hardw
 
 def test_small_weights_are_gathered_where_activations_are_larger() -> None:
     layers = layers_of("llama3-8b", tp=8, microbatch=2)
-    stage = planned(layers)
+    stage = solve(layers, captured(layers.model, 2, layers.model.seq), seconds=120.0)  # of a busy machine, too
     assert stage.time < 0.97 * stage.formula_time
     assert "attention.key.weight" in stage.gathered
 
