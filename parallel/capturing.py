@@ -124,8 +124,9 @@ def capture(loss_fn: LossFunction, model: nn.Module, optimizer: Optimizer, examp
             for name, tensor in zip(_batch_names(example), leaves, strict=True)
         ),
     ]
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for source in sources:
-        if source.name in kept:
+        if source.name in kept and source.name not in frozen:
             source.tensor.requires_grad_()
     captured = _trace(_Program(loss_fn, model, sources, spec), fakes)
     return Step(lower(captured, optimizer, kept), spec)
@@ -187,6 +188,11 @@ class _Bound(nn.Module):
             )
         with self.watch.backward(loss):
             gradients: list[Tensor | None] = list(torch.autograd.grad(loss, moved, allow_unused=True))
+        if any(parameter.grad is not None for parameter in moved):
+            raise UsageError(
+                "loss_fn calls backward by itself, so that gradients are added up beside the step; return the sum of "
+                "the losses instead"
+            )
         return loss, gradients, dict(self.model.named_buffers())
 
 

@@ -226,6 +226,17 @@ def _select_scatter(writer: Writer, fake: Tensor, x: Value, source: Value, dim: 
     return _slice_scatter(writer, fake, x, row, dim, index, index + 1)
 
 
+@_form("_conj.default")
+def _conj(writer: Writer, fake: Tensor, x: Value) -> Value:
+    """With its signs in memory: what is only noted as conjugate cannot be sent."""
+    return writer.op("aten.conj_physical.default", _made(fake), x)
+
+
+@_form("_neg_view.default")
+def _neg_view(writer: Writer, fake: Tensor, x: Value) -> Value:
+    return writer.op("aten.neg.default", _made(fake), x)
+
+
 def _filled(value: float) -> Callable[..., Value]:
     def fill(writer: Writer, fake: Tensor, *_like: Any, **_dtype: Any) -> Value:
         return writer.op(FULL, _made(fake), tuple(fake.shape), value, dtype=fake.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from collectives.errors import UsageError
 from parallel.graph import Phase
 
 
@@ -81,7 +82,7 @@ class Watch:
 
     @contextmanager
     def backward(self, loss: Tensor) -> Iterator[None]:
-        """Note where each autograd node behind `loss` begins to run."""
+        """Note where each autograd node behind `loss` begins to run. UsageError: one hides what is behind it."""
         handles = []
         seen: set[Any] = set()
         waiting = [loss.grad_fn]
@@ -90,6 +91,11 @@ class Watch:
             if node is None or node in seen:
                 continue
             seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise UsageError(
+                    "activations are checkpointed with use_reentrant=True, which hides the parameters from the step; "
+                    "use use_reentrant=False"
+                )
             waiting.extend(before for before, _ in node.next_functions)
             if not node.name().endswith("AccumulateGrad"):
                 handles.append(node.register_prehook(self._running(node._sequence_nr())))

@@ -51,9 +51,9 @@ INCREASING = (
 largest may be negative, and the largest of NaN and a number is NaN."""
 
 OTHERS = (
-    "_conj.default", "abs.default", "acos.default", "asin.default", "atan.default", "atan2.default",
-    "bitwise_and.Scalar", "bitwise_and.Tensor", "bitwise_not.default", "bitwise_or.Tensor", "clamp.Tensor",
-    "clamp_min.Tensor", "complex.default", "cos.default", "cosh.default", "div.Tensor_mode", "elu.default",
+    "abs.default", "acos.default", "asin.default", "atan.default", "atan2.default", "bitwise_and.Scalar",
+    "bitwise_and.Tensor", "bitwise_not.default", "bitwise_or.Tensor", "clamp.Tensor", "clamp_min.Tensor",
+    "complex.default", "conj_physical.default", "cos.default", "cosh.default", "div.Tensor_mode", "elu.default",
     "eq.Scalar", "eq.Tensor", "erfc.default", "erfinv.default", "floor_divide.default", "fmod.Scalar", "frac.default",
     "ge.Scalar", "ge.Tensor", "gelu.default", "gt.Scalar", "gt.Tensor", "hardshrink.default", "hardsigmoid.default",
     "hardswish.default", "hypot.default", "isinf.default", "isnan.default", "le.Scalar", "le.Tensor",

@@ -171,7 +171,7 @@ def elementwise() -> Iterator[Call]:
         yield call(name, part(*SHAPE))
     yield call("complex.default", f(*SHAPE), f(*SHAPE))
     yield call("polar.default", pos(*SHAPE), f(*SHAPE))
-    yield call("_conj.default", z(*SHAPE))
+    yield call("conj_physical.default", z(*SHAPE))
     yield call("mul.Tensor", z(*SHAPE), z(4))
     yield call("hardswish_backward.default", f(*SHAPE), f(*SHAPE))
     yield call("softplus_backward.default", f(*SHAPE), f(*SHAPE), 1, 20)
