@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=None)
     parser.add_argument("--length", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--link", help="bytes a second of a link, where one is emulated (10M; of woven stacks 2M)")
+    parser.add_argument("--link", help="bytes a second of a link, where one is emulated (1M; of woven stacks 2M)")
     parser.add_argument("--compute", choices=("modelled", "real"), default="modelled", help="of weave")
     parser.add_argument("--network", choices=("mesh", "ring"), default="ring", help="of the map")
     parser.add_argument("--scheme", choices=SCHEMES, nargs="+", help="of counters, links and real: only these")

@@ -5,8 +5,9 @@
     python examples/long_context.py & python examples/long_context.py & ...     # four times
     python examples/long_context.py --alone                                     # does not fit: ends with code 1
 
-Each process may use no more than `--memory` MiB beyond what it needs to start. The rows of the sequence are spread over
-the members, so each keeps the activations of its own rows; attention sees all of them, forward and backward.
+Each process may use no more than `--memory` MiB beyond what it needs to start: the system refuses more of its own, and
+a step after which shared memory came on top of that fails, too. The rows of the sequence are spread over the members,
+so each keeps the activations of its own rows; attention sees all of them, forward and backward.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> int:
     with comm:
         text = load([], given.length, 1).train[: given.length + 1].long().unsqueeze(0)
         model = build(Shape(192, 6, 4), given.length, torch.float32, torch.Generator().manual_seed(0))
-        limit = data_size() + given.memory * 2**20
+        before, limit = status("VmRSS"), status("VmData") + given.memory * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         begun = time.monotonic()
         try:
@@ -45,8 +46,10 @@ def main() -> int:
         except (MemoryError, RuntimeError) as error:
             print(f"rank {comm.rank} of {comm.size}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
             return 1
-        print(f"rank {comm.rank} of {comm.size}: loss {loss:.6f} after {time.monotonic() - begun:.1f} s")
-    return 0
+        used = (status("VmHWM") - before) / 2**20
+        took = time.monotonic() - begun
+        print(f"rank {comm.rank} of {comm.size}: loss {loss:.6f} after {took:.1f} s, {used:.0f} MiB at most")
+        return 0 if used <= given.memory else 1
 
 
 def step(model: GPT, text: torch.Tensor, comm: Communicator) -> float:
@@ -68,10 +71,10 @@ def step(model: GPT, text: torch.Tensor, comm: Communicator) -> float:
     return float(total)
 
 
-def data_size() -> int:
-    """Bytes of memory that count for the limit, so far."""
+def status(field: str) -> int:
+    """Bytes of memory of this process: private (VmData), resident (VmRSS), or the most that was resident (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
+        if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return 0
 

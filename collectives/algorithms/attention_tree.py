@@ -20,7 +20,8 @@ def tree(draft: Draft, tasks: dict[str, Task], q: Piece, keys: Sequence[Piece], 
     level = [(rank & -rank).bit_length() - 1 if rank else levels for rank in range(world)]
     found = [draft.region(("found", at), sizes.result) for at in range(levels + 1)]
     for rank, piece in enumerate(keys):
-        task = Attend(q._replace(owner=rank), piece, True, True if sizes.kv_result and piece.rows else None)
+        firsts = [True if size else None for size in (sizes.result, sizes.kv_result * piece.rows)]
+        task = Attend(q._replace(owner=rank), piece, *firsts)
         tasks[str(task)] = task
         tokens = [(TOKEN if size else 0) for size in (sizes.q, sizes.kv * piece.rows, sizes.kv_result * piece.rows)]
         draft.hold(rank, ("q", rank, 0), tokens[0])

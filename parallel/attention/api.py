@@ -50,10 +50,12 @@ def sequence_attention(
     """Return this member's rows of the attention of all queries to all keys; differentiable once.
 
     Args:
-        q: (B, Hq, Sq_local, D), fp64, fp32, bf16 or fp16, on CPU.
+        q: (B, Hq, Sq_local, D), fp64, fp32, bf16 or fp16, on CPU, of any strides. Not to be changed before the
+            backward pass, as with any function of torch. Under `torch.autocast`, all are cast as torch's own does.
         k, v: (B, Hkv, Skv_local, D), of the same dtype; Hkv divides Hq (grouped queries).
         comm: a communicator or a sub-group; all its members call this alike.
-        causal: row i of the whole sequence sees keys up to row i (as `is_causal` of torch, also where lengths differ).
+        causal: row i of the whole sequence sees keys up to row i: the diagonal begins at the top left, as that of
+            `is_causal` of torch, also where there are more keys than queries (where decoding, give no mask).
         scheme: one of `layout.SCHEMES`, or "auto": the one that the simulator finds fastest. With "tree", for decoding,
             every member gives all queries and gets all of the result, and holds any part of the keys, also none.
         balance: which rows each member has: "contiguous" (pieces of any lengths), "zigzag", "striped", or a `Balance`
@@ -70,13 +72,15 @@ def sequence_attention(
 
     Raises:
         UsageError: shapes or dtypes that do not fit, or rows that are not as `balance` says.
-        DescriptorMismatch: members call it with different shapes or settings.
+        DescriptorMismatch: members call it with different shapes, dtypes or settings.
         MemberLost: a member died before it was complete; at every other member.
 
     """
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
     _check(q, k, v)
     chosen = balance if isinstance(balance, Balance) else Balance(balance)
-    rows = _gathered(q.shape[2], k.shape[2], comm) if lengths is None else lengths
+    rows = _gathered(q.shape[2], k.shape[2], comm) if lengths is None else _given(lengths, q.shape[2], k.shape[2], comm)
     problem = Problem(
         q.shape[0],
         q.shape[1],
@@ -180,6 +184,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q {list(q.shape)} and k {list(k.shape)} must have the same batch and head size, and the heads of k must "
             f"divide those of q"
         )
+    if not (q.shape[1] and q.shape[3]):
+        raise UsageError(f"q {list(q.shape)} has no heads, or heads of size 0, of which there are no scores")
     if q.dtype not in DTYPES or {k.dtype, v.dtype} != {q.dtype}:
         raise UsageError(f"attention takes tensors of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if {q.device.type, k.device.type, v.device.type} != {"cpu"}:
@@ -195,6 +201,20 @@ def _gathered(queries: int, keys: int, comm: Members) -> Lengths:
     return tuple(found[:, 0].tolist()), tuple(found[:, 1].tolist())
 
 
+def _given(lengths: Lengths, queries: int, keys: int, comm: Members) -> Lengths:
+    """Check lengths that the caller knows. UsageError: not those of these members, or not of this one's tensors."""
+    rows = tuple(lengths[0]), tuple(lengths[1])
+    if {len(side) for side in rows} != {comm.size}:
+        raise UsageError(f"lengths name {len(rows[0])} and {len(rows[1])} ranks, and there are {comm.size}")
+    said = rows[0][comm.rank], rows[1][comm.rank]
+    if said != (queries, keys):
+        raise UsageError(
+            f"lengths give rank {comm.rank} {said[0]} queries and {said[1]} keys, and its tensors have {queries} and "
+            f"{keys}"
+        )
+    return rows
+
+
 def _parts(k: Tensor, rows: tuple[int, ...]) -> int:
     """Into how many pieces to cut rows, so that each has PIECE bytes of keys and values; on all ranks alike."""
     batch, heads, _, dim = k.shape
@@ -204,8 +224,6 @@ def _parts(k: Tensor, rows: tuple[int, ...]) -> int:
 
 def _shares(balance: Balance, rows: tuple[int, ...], comm: Members, replicated: bool) -> tuple[Share, ...]:
     """What each rank has. UsageError: not what the balance says; on all ranks alike."""
-    if len(rows) != comm.size:
-        raise UsageError(f"lengths name {len(rows)} ranks, and there are {comm.size}")
     if replicated:
         if len(set(rows)) > 1:
             raise UsageError(f"tree: all ranks give the same queries, not {list(rows)} rows")

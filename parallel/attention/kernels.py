@@ -124,7 +124,7 @@ class Binder:
 
     def _data(self, side: str, piece: Piece, line: Tensor) -> list[Tensor]:
         """The tensors of a piece: this rank's own, or what came from another."""
-        if piece.owner == self.rank:
+        if piece.owner == self.rank and piece.rows:
             return [tensor[:, :, piece.start : piece.stop] for tensor in self._own[side]]
         return _views(line, self._fields(side, self._mine()), self.layout.problem.batch, piece.rows)
 

@@ -71,6 +71,13 @@ class Problem:
         return len(self.keys)
 
     @property
+    def title(self) -> str:
+        """What all members must agree on, in words; they compare it, so that an error can tell who differs in what."""
+        dtype, mask = str(self.dtype).removeprefix("torch."), ", causal" if self.causal else ""
+        sizes = f"{self.batch} x {self.heads} heads ({self.kv_heads} of keys) of {self.head_dim}"
+        return f"{self.scheme} of {sizes}, {dtype}{mask}, scale {self.scale:.6g}"
+
+    @property
     def head_ranks(self) -> int:
         """How many ranks share the heads."""
         return {"ulysses": self.world, "usp": self.columns}.get(self.scheme, 1)
@@ -170,7 +177,7 @@ class _Builder:
     def __init__(self, problem: Problem, backward: bool) -> None:
         self._problem, self._backward = problem, backward
         name = "attention backward" if backward else "attention"
-        self._draft = Draft(name, problem.scheme, problem.world)
+        self._draft = Draft(name, problem.title, problem.world)
         self._tasks: dict[str, Task] = {}
         groups = [rank // problem.head_ranks for rank in range(problem.world)]
         joined = [
@@ -255,8 +262,10 @@ class _Builder:
         problem = self._problem
         short = shortest(problem.causal)
         kv_way = both_ways if problem.scheme == "bidirectional" else short
-        # One is computed with while another travels. Of queries the results travel too, and behind the computation.
-        lanes = (4, 2), (4, 2) if problem.scheme == "bidirectional" else (2,)
+        # One is computed with while others travel. Of queries the results travel too, and behind the computation. In
+        # the backward pass, where more travels and memory is at its most, fewer are on their way.
+        both = problem.scheme == "bidirectional"
+        lanes = ((4, 2), (4, 2) if both else (2,)) if self._backward else ((8, 4, 2), (4, 2))
         return Grid(self._draft, self._tasks, first, ranks, q, kv, self._needed, short, kv_way, lanes)
 
     def _sides(self, ranks: Sequence[int]) -> tuple[Side, Side]:

@@ -112,9 +112,9 @@ def sent(comm: Communicator, cases: list[dict[str, Any]]) -> list[list[int]]:
     return found
 
 
-def refused(comm: Communicator, rows: int, settings: dict[str, Any]) -> str:
-    """What a call is refused with."""
-    q = torch.zeros(1, 2, rows, 4)
+def refused(comm: Communicator, rows: list[int], settings: dict[str, Any]) -> str:
+    """What a call is refused with, where each rank has so many rows."""
+    q = torch.zeros(1, 2, rows[comm.rank], 4)
     try:
         sequence_attention(q, q, q, comm, **settings)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Every scheme, balance and kind of heads against torch's attention: values, gradients, coverage, precision."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,12 +10,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from collectives.algorithms.sequence import Attend
+from collectives.algorithms.sequence import Attend, colour
 from collectives.communicator import Communicator
+from collectives.cutting import Cutting
 from collectives.errors import UsageError
+from collectives.program import compile_program
 from collectives.verify import verify
-from parallel.attention import SequenceAttention, sequence_attention
+from parallel.attention import SequenceAttention, local, sequence_attention
 from parallel.attention.choice import scores
 from parallel.attention.layout import SCHEMES, Problem, layout
 from parallel.attention.local import attend
@@ -217,6 +221,94 @@ def uneven(rows: tuple[int, ...]) -> tuple[Share, ...]:
     )
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_of_a_kind_is_an_input_too(scheme: str) -> None:
+    """No sequences, no queries, no keys, on four ranks, and heads that are fewer than these."""
+    for heads, rows, batch in (((4, 2), (8, 8), 0), ((4, 2), (0, 5), 1), ((3, 1), (2, 0), 1)):
+        case = Case(4, scheme, "zigzag", True, heads, rows, 2, 2, batch=batch)
+        q, k, v, _ = case.tensors()
+        for got, like in zip(case.solved(), (q, q, k, v), strict=True):
+            assert got.shape == like.shape and not got.any()
+
+
+@pytest.mark.parametrize("balance", ["contiguous", "zigzag", "striped"])
+def test_many_queries_are_computed_with_a_part_at_a_time(balance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "ROWS", 3)
+    for causal in (False, True):
+        case = Case(2, "ring", balance, causal, (4, 2), (23, 31), 2)
+        for got, right in zip(case.solved(), reference(case.tensors(), causal, SCALE), strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["ring", "bidirectional", "token_ring", "token_ring_relay"])
+def test_memory_for_what_travels_does_not_grow_with_the_ranks(scheme: str) -> None:
+    def staging(world: int, backward: bool) -> int:
+        problem = Case(world, scheme, "contiguous", False, (4, 4), (64 * world, 64 * world), 4).problem()
+        cutting = Cutting(2**20, 2**20, 2**20, 4, False, True, 0, False)
+        schedule = layout(problem, backward).schedule
+        return max(compile_program(schedule, rank, cutting).footprint for rank in range(world))
+
+    for backward in (False, True):
+        few, many = staging(4, backward), staging(8, backward)
+        assert 0 < many <= few + 4096  # tokens, and what is there for several hops
+
+
+def test_neighbours_on_a_circle_have_unlike_colours() -> None:
+    for stations, hop in itertools.product(range(2, 13), range(1, 12)):
+        if hop % stations:
+            given = [colour(place, hop, stations) for place in range(stations)]
+            assert all(given[place] != given[(place + hop) % stations] for place in range(stations))
+            assert max(given) <= (1 if stations // math.gcd(stations, hop) % 2 == 0 else 2)
+
+
+def test_strides_and_what_needs_no_gradient() -> None:
+    """Views of one projection, an output whose gradient is expanded, and a tensor whose last dimension is not dense."""
+    made = torch.randn(2, 7, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = made.permute(2, 0, 3, 1, 4)
+    alone = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    ours = sequence_attention(q, k, v, Communicator.solo(), causal=True, scheme="ring")
+    torch.testing.assert_close(ours, alone, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(out.sum(), made)[0] for out in (ours, alone)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    slanted = torch.randn(2, 4, 8, 7, dtype=torch.float64).transpose(2, 3)
+    right = F.scaled_dot_product_attention(slanted, slanted, slanted)
+    found = sequence_attention(slanted, slanted, slanted, Communicator.solo())
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+    query, key = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
+    sequence_attention(query, key, key, Communicator.solo()).sum().backward()  # type: ignore[no-untyped-call]
+    assert query.grad is not None and key.grad is None
+
+
+def test_it_is_differentiable_once_and_says_so() -> None:
+    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    out = sequence_attention(q, q, q, Communicator.solo(), scheme="ring")
+    (gradient,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_autocast_casts_as_that_of_torch() -> None:
+    q, k = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sequence_attention(q, k, q, Communicator.solo(), scheme="ring")
+        assert out.dtype == F.scaled_dot_product_attention(q, k, q).dtype == torch.bfloat16
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    assert q.grad is not None and q.grad.dtype == torch.float32
+
+
+def test_more_keys_than_queries_are_masked_from_the_top_left() -> None:
+    q, k = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 7, 4, dtype=torch.float64)
+    right = F.scaled_dot_product_attention(q, k, k, is_causal=True)
+    torch.testing.assert_close(sequence_attention(q, k, k, Communicator.solo(), True), right, rtol=0, atol=1e-12)
+
+
+def test_lengths_that_are_not_those_of_the_tensors_are_refused() -> None:
+    q = torch.zeros(1, 2, 3, 4)
+    for lengths, why in ((((4,), (3,)), "4 queries and 3 keys"), (((3, 3), (3, 3)), "name 2 and 2 ranks")):
+        with pytest.raises(UsageError, match=why):
+            sequence_attention(q, q, q, Communicator.solo(), lengths=lengths)
+
+
 def test_gradcheck() -> None:
     comm = Communicator.solo()
     q, k, v = (torch.randn(1, heads, 5, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
@@ -241,12 +333,14 @@ def test_the_module_has_its_settings() -> None:
         ({"q": (1, 3, 8, 4)}, "must divide"),
         ({"q": (2, 8, 4)}, "takes q"),
         ({"q": (1, 2, 8, 5)}, "head size"),
+        ({"q": (1, 0, 8, 4)}, "no heads"),
+        ({"q": (1, 2, 8, 0), "k": (1, 2, 8, 0)}, "size 0"),
         ({"dtype": torch.int64}, "floating"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, object], why: str) -> None:
     shape, dtype = change.get("q", (1, 2, 8, 4)), change.get("dtype", torch.float32)
-    q, k = torch.zeros(shape, dtype=dtype), torch.zeros(1, 2, 8, 4)  # type: ignore[call-overload]
+    q, k = torch.zeros(shape, dtype=dtype), torch.zeros(change.get("k", (1, 2, 8, 4)))  # type: ignore[call-overload]
     with pytest.raises(UsageError, match=why):
         sequence_attention(q, k, k, Communicator.solo())
 

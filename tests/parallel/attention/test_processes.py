@@ -101,11 +101,13 @@ def test_bytes_are_those_of_the_formulas(group: Residents) -> None:
 def test_misuse_is_refused_on_all_ranks_alike(group: Residents) -> None:
     for given, why in (
         ({"scheme": "rings"}, "UsageError: scheme must be auto or one of ring"),
-        ({"balance": "zigzag", "scheme": "ring", "lengths": [[1] * 4, [1] * 4]}, "UsageError: zigzag: ranks must have"),
+        ({"balance": "zigzag", "lengths": [[2, 1, 1, 1]] * 2}, "UsageError: zigzag: ranks must have [1, 1, 1, 2] rows"),
+        ({"balance": "zigzag"}, "UsageError: zigzag: ranks must have [1, 1, 1, 2] rows, not [2, 1, 1, 1]"),
+        ({"lengths": [[1, 1, 2], [1, 1, 2]]}, "UsageError: lengths name 3 and 3 ranks, and there are 4"),
         ({"scheme": "usp", "columns": 3}, "UsageError: usp: 3 columns do not divide 4 ranks"),
         ({"scheme": "ring", "parts": 0}, "UsageError: parts must be 1 or more"),
     ):
-        for said in group.run(programs.refused, rows=1, settings=given):
+        for said in group.run(programs.refused, rows=[2, 1, 1, 1], settings=given):
             assert said.startswith(why), said
 
 
