@@ -658,7 +658,7 @@ def test_the_status_tells_how_long_ago_somebody_was_heard() -> None:
 
 def test_after_a_restart_who_waits_is_announced_to_all() -> None:
     again = _restarted()
-    again.resume(11, 1, 1, 1, 1)
+    assert again.resume(11, 1, 1, 1, 1) == [Waiting(0)]
     again.resume(12, 2, 2, 1, 1)
     told = len(again.told[11])
     again.join(3)

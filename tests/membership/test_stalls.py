@@ -39,6 +39,7 @@ def test_who_stands_in_an_earlier_operation_of_the_lane_is_not_absent() -> None:
     # Member 3 has not come to operation 1 either: members 1 and 2 wait for it, each where it stands.
     assert judge({1: [row(2)], 2: [row(1)], 3: [row(0, "idle")]}) == Judgement(absent=(3,))
     assert judge({1: [row(2)], 2: [row(1)], 3: [row(1)]}) == Judgement(stuck=("main", 1))
+    assert judge({1: [row(2)], 2: [row(1, "confirming")], 3: [row(1, "idle")]}) == Judgement(stuck=("main", 1))
 
 
 def test_all_are_in_it() -> None:
