@@ -422,6 +422,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "stalls are judged at once": ("stall", "link"),
     "verdicts only for those inside": ("mismatch",),
     "an old journal is gone on with": ("calm",),
+    "stalls: outsiders are absent from a sub-group's operation": ("mixed",),
 }
 """Themes of the histories in which a mutant shows itself, where these are rare among all."""
 
