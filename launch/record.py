@@ -100,7 +100,7 @@ class RunLog:
     "peer-3", or "peer-3.1" for the second process of a slot. Types, with what else the line has:
 
     - supervisor: `run` (first; command, seed, replay: the words that run it again), `started` (peer, pid, spare),
-      `fault` (fault: its number, what, peer; step in a training run, aim in churn), `struck` (churn: what, peer, and at:
+      `fault` (fault: its number, what, peer; step in a training run, aim in churn), `struck` (churn: what, peer, at:
       when a fault that was sent before struck), `woken` (peer), `rate` (churn: each second, operations that members
       finished and members at work), `signal`, `timeout`, `verdict` (last; passed; training: checks, first_step, losses,
       reference; churn: report);
