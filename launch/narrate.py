@@ -21,6 +21,7 @@ class Narrator:
     def __init__(self) -> None:
         self._epoch = 0
         self._evaluated_at = self._saved_at = 0
+        self._carried_in = 0
         self._members: dict[int, str] = {}
 
     def tell(self, entry: Entry) -> str | None:
@@ -46,6 +47,8 @@ class Narrator:
                 return self._evaluated(entry)
             case "checkpoint":
                 return self._saved(entry)
+            case "carried":
+                return self._carried(entry)
             case "event":
                 return self._event(entry)
             case "error":
@@ -69,6 +72,15 @@ class Narrator:
             return None
         self._saved_at = entry["step"]
         return f"step {entry['step']}: saved {units.size(entry['bytes'])} to {entry['url']}"
+
+    def _carried(self, entry: Entry) -> str | None:
+        """Where the state of a planned run came from after a loss."""
+        if entry["epoch"] <= self._carried_in:
+            return None
+        self._carried_in = entry["epoch"]
+        copies = entry["copies"]
+        whence = f", {copies} of them from second copies of what was lost" if copies else ""
+        return f"step {entry['step']}: {entry['tensors']} tensors of state come from the survivors' memory{whence}"
 
     def _event(self, entry: Entry) -> str | None:
         if entry["event"] == "evicted":

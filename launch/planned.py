@@ -83,7 +83,11 @@ class PlannedMembership(Membership):
 
     def _attempted(self, given: Mapping[str, Tensor]) -> Results | None:
         try:
-            return self._training.attempt(given)
+            results = self._training.attempt(given)
+            if results is None:
+                tensors, copies = len(self._training.plan.graph.changed), len(self._training.from_copies)
+                self.report("carried", step=self.trainer.step, epoch=self.comm.epoch, tensors=tensors, copies=copies)
+            return results
         except StateLost as error:
             store = self.config.checkpoint
             way = f"--resume {store} goes on from there" if store else "--checkpoint STORE would have saved one"

@@ -148,6 +148,18 @@ def carry(
     return carried
 
 
+def only_in_copies(
+    before: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]], members: Sequence[int], comm: Communicator
+) -> tuple[str, ...]:
+    """The tensors of which no survivor has some part but as a second copy. Arguments are those of `carry`."""
+    now = {member: rank for rank, member in enumerate(comm.members)}
+    lacking = {
+        name: [piece for piece in _left(layout, None, shapes[name], members, now) if not piece.terms[0]]
+        for name, layout in before.items()
+    }
+    return tuple(name for name, pieces_ in lacking.items() if pieces_)
+
+
 def _left(
     layout: Layout, copy: Layout | None, shape: tuple[int, ...], members: Sequence[int], now: Mapping[int, int]
 ) -> tuple[Piece, ...]:

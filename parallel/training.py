@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collectives.communicator import Communicator
 from collectives.errors import MemberLost
-from parallel.carry import Replicas, carry
+from parallel.carry import Replicas, carry, only_in_copies
 from parallel.executing import Executor, Results, shards_of
 from parallel.graph import KEPT
 from parallel.layout import Layout
@@ -55,6 +55,8 @@ class Training:
 
     def __init__(self, comm: Communicator, planner: Planner, state: Mapping[str, Tensor], redundancy: int = 0) -> None:
         self.comm, self.planner, self.redundancy = comm, planner, redundancy
+        self.from_copies: tuple[str, ...] = ()
+        """Tensors that the last loss left parts of in second copies alone."""
         self._epoch = self._founded(state)
 
     @property
@@ -145,7 +147,9 @@ class Training:
         old, plan = self._epoch, self.planner(self.comm.size)
         layouts = {name: plan.layouts[name] for name in old.state}
         state = carry(old.state, old.layouts, layouts, self._shapes, old.members, self.comm, old.replicas)
-        return _Epoch(self.comm.members, Executor(plan, self.comm), state, self._replicas(plan, state))
+        epoch = _Epoch(self.comm.members, Executor(plan, self.comm), state, self._replicas(plan, state))
+        self.from_copies = only_in_copies(old.layouts, self._shapes, old.members, self.comm)
+        return epoch
 
     @torch.no_grad()
     def _replicas(self, plan: Plan, state: Mapping[str, Tensor]) -> Replicas:

@@ -10,6 +10,7 @@ from collectives.errors import UsageError
 from collectives.state import state_hash
 from launch import checkpoints, data, planned, train
 from launch.config import JobConfig
+from launch.narrate import Narrator
 from launch.trainer import Trainer
 from parallel.layout import Broadcast, Mesh, Split
 from tests.launch.test_train import finish, start
@@ -70,3 +71,15 @@ def test_the_mesh_follows_the_members() -> None:
     with pytest.raises(UsageError, match="needs as many placements"):
         planned.placed("S(0)", Mesh.of(x=2, y=2))
     assert JobConfig.from_json(JobConfig(plan="2x2", pins={"tokens": "S(0)"}).to_json()).pins == {"tokens": "S(0)"}
+
+
+def test_it_is_told_where_state_came_from_once_for_all_members() -> None:
+    narrator = Narrator()
+    carried = {"type": "carried", "step": 4, "epoch": 2, "tensors": 28, "copies": 2}
+    assert narrator.tell({"source": "peer-0", **carried}) == (
+        "step 4: 28 tensors of state come from the survivors' memory, 2 of them from second copies of what was lost"
+    )
+    assert narrator.tell({"source": "peer-1", **carried}) is None
+    assert narrator.tell({"source": "peer-0", **carried, "epoch": 3, "copies": 0}) == (
+        "step 4: 28 tensors of state come from the survivors' memory"
+    )
