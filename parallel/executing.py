@@ -11,6 +11,7 @@ graph changes nothing in place, so a step that lost a member has left its inputs
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -25,6 +26,8 @@ from parallel.plans import Placements, Plan, Sharding
 from parallel.resharding import Reshard, reshard
 from parallel.signatures import Signature, localize
 
+_NOTHING = torch.empty(0)
+"""In the place of a tensor that is not there yet, or not needed any more."""
 _Key: TypeAlias = tuple[str, Placements]
 """A value of the graph in certain placements."""
 Results: TypeAlias = dict[tuple[Role, str], Tensor]
@@ -61,7 +64,7 @@ def execute(plan: Plan, comm: Communicator, inputs: Mapping[str, Tensor]) -> Res
     return Executor(plan, comm).run(shards_of(plan, inputs, comm.rank))
 
 
-_Work: TypeAlias = Callable[[Communicator, list[Tensor]], Sequence[Tensor]]
+_Work: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +76,6 @@ class _Action:
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     frees: tuple[int, ...] = ()
-
-    def run(self, comm: Communicator, memory: list[Tensor | None]) -> None:
-        results = self.work(comm, [_there(memory, place) for place in self.takes])
-        for place, result in zip(self.gives, results, strict=True):
-            memory[place] = result
-        for place in self.frees:
-            memory[place] = None
-
-
-def _there(memory: list[Tensor | None], place: int) -> Tensor:
-    tensor = memory[place]
-    assert tensor is not None
-    return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +112,7 @@ class Executor:
         self._comm = comm
         self._places: dict[_Key, int] = {}
         self._needs = list(_needs(plan))
-        self._actions = self._compile()
+        self._steps = [(action.work, action.takes, action.gives, action.frees) for action in self._compile()]
         self._given = [
             self._at(source.value, start) for source, start in zip(plan.graph.inputs, plan.starts, strict=True)
         ]
@@ -152,7 +142,7 @@ class Executor:
             MemberLost: on every survivor; nothing has changed.
 
         """
-        memory: list[Tensor | None] = [None] * len(self._places)
+        memory = [_NOTHING] * len(self._places)
         for source, place in zip(self.plan.graph.inputs, self._given, strict=True):
             tensor = (self._constants if source.role == Role.CONSTANT else shards).get(source.name)
             if tensor is None:
@@ -163,9 +153,12 @@ class Executor:
                     f"{list(self._shapes[source.name])} ({self.plan.layouts[source.name]}), not {list(tensor.shape)}"
                 )
             memory[place] = tensor.detach()
-        for action in self._actions:
-            action.run(self._comm, memory)
-        return {key: _there(memory, place) for key, place in self._results.items()}
+        for work, takes, gives, frees in self._steps:
+            for place, result in zip(gives, work([memory[place] for place in takes]), strict=True):
+                memory[place] = result
+            for place in frees:
+                memory[place] = _NOTHING
+        return {key: memory[place] for key, place in self._results.items()}
 
     # --- compiling ---
 
@@ -189,18 +182,19 @@ class Executor:
     def _moving(self, needs: list[_Need]) -> _Action:
         takes = tuple(self._at(need.value, self.plan.made[need.value.name]) for need in needs)
         gives = tuple(self._at(need.value, need.wanted) for need in needs)
-        return _Action(bundle(tuple(_change(self.plan, need, self._comm.size) for need in needs)).run, takes, gives)
+        moved = bundle(tuple(_change(self.plan, need, self._comm.size) for need in needs))
+        return _Action(partial(moved.run, self._comm), takes, gives)
 
     def _calling(self, node: Node, how: Sharding) -> _Action:
         function = self._local(node, how)
         takes = tuple(self._at(value, placed) for value, placed in zip(node.inputs, how.inputs, strict=True))
         gives = tuple(self._at(value, placed) for value, placed in zip(node.outputs, how.outputs, strict=True))
-        return _Action(lambda _comm, tensors: function(tensors), takes, gives)
+        return _Action(function, takes, gives)
 
     def _local(self, node: Node, how: Sharding) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
         """How the node runs on this rank's shards."""
         if all(p == Broadcast() for placed in (*how.inputs, *how.outputs) for p in placed):
-            return node.call
+            return node.prepared()
         signatures = [
             Signature(tuple(placed[axis] for placed in how.inputs), tuple(placed[axis] for placed in how.outputs))
             for axis in range(len(self.plan.mesh.axes))

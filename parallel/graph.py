@@ -4,7 +4,7 @@
 runs it. Nothing in the graph is mutated: every value is made once, by one node, or given from outside as an input.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -135,6 +135,27 @@ class Node:
         args = [substitute(argument, feed) for argument in self.args]
         kwargs = {name: substitute(argument, feed) for name, argument in self.kwargs}
         return self.pick(operation(self.op)(*args, **kwargs))
+
+    def prepared(self) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+        """`call`, with all that does not depend on the tensors done beforehand: for who calls it again and again."""
+        if any(isinstance(argument, tuple) and any(flatten(argument)) for argument in self.args):
+            return self.call
+        if any(any(flatten(argument)) for _, argument in self.kwargs):
+            return self.call
+        call, places = operation(self.op), self.places
+        kwargs = {name: substitute(argument, iter(())) for name, argument in self.kwargs}
+        values = [isinstance(argument, Value) for argument in self.args]
+        rest = [substitute(arg, iter(())) for arg, value in zip(self.args, values, strict=True) if not value]
+        leading = len(values) - len(rest)
+
+        if not all(values[:leading]):
+            return self.call
+
+        def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            result = call(*tensors, *rest, **kwargs)
+            return tuple([result[place] for place in places]) if places else (result,)
+
+        return run
 
     def pick(self, result: Any) -> tuple[Tensor, ...]:
         """The outputs among what the operation returned."""

@@ -90,6 +90,6 @@ def localize(node: Node, chosen: Sequence[Signature], mesh: Mesh, rank: int) -> 
 
     entry = TABLE.get(node.op)
     if entry is None:
-        return node.call
+        return node.prepared()
     inputs = boxes(node.inputs, [one.inputs for one in chosen])
     return entry.local(node, Shards(inputs, boxes(node.outputs, [one.outputs for one in chosen])))

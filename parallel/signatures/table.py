@@ -39,7 +39,7 @@ Local: TypeAlias = Callable[[Node, Shards], Run]
 
 def unchanged(node: Node, _shards: Shards) -> Run:
     """The same operation with the same arguments: all that most need."""
-    return node.call
+    return node.prepared()
 
 
 def sized(argument: int) -> Local:
@@ -48,7 +48,7 @@ def sized(argument: int) -> Local:
     def local(node: Node, shards: Shards) -> Run:
         args = list(node.args)
         args[argument] = shards.outputs[0].shape
-        return replace(node, args=tuple(args)).call
+        return replace(node, args=tuple(args)).prepared()
 
     return local
 
