@@ -416,7 +416,7 @@ MUTANTS: dict[str, list[Patch]] = {
 
 SHOWN_BY: dict[str, tuple[str, ...]] = {
     "stage() ignores the fence": ("loss", "mixed", "views"),
-    "what a survivor has left has no verdict": ("views", "mismatch"),
+    "what a survivor has left has no verdict": ("mismatch",),
     "failed links are not reported": ("link",),
     "nobody is ever absent": ("stall",),
     "stalls are judged at once": ("stall", "link"),
