@@ -126,8 +126,10 @@ def megatron_flags(plan: Plan) -> tuple[str, ...]:
             continue
         uses = _products(plan, axis)
         if set(uses.values()) == {"batch"}:
+            _refuse_uneven(plan, axis, Role.BATCH)
             flags |= _data_parallel(plan, axis)
         elif set(uses.values()) <= {"column", "row"} and uses:
+            _refuse_uneven(plan, axis, Role.PARAMETER)
             _refuse_unpaired(name, uses)
             if "--tensor-model-parallel-size" in flags:
                 raise Unsupported("two axes of the mesh split weights; Megatron has one tensor-parallel axis")
@@ -158,6 +160,18 @@ def _use(node: Node, how: Sharding, weight: int, axis: int) -> str:
     if given == Split(0):
         return "batch"
     return "whole" if given == Broadcast() else f"with activations {given}"
+
+
+def _refuse_uneven(plan: Plan, axis: int, role: Role) -> None:
+    """Megatron cuts weights and batches into equal parts."""
+    parts = plan.mesh.shape[axis]
+    for source, placed in zip(plan.graph.inputs, plan.starts, strict=True):
+        cut = placed[axis]
+        if source.role == role and isinstance(cut, Split) and source.value.shape[cut.dim] % parts:
+            raise Unsupported(
+                f"axis {plan.mesh.names[axis]} of {parts} splits dimension {cut.dim} of {source.name}, of shape "
+                f"{list(source.value.shape)}, into uneven parts; Megatron's are equal"
+            )
 
 
 def _refuse_unpaired(name: str, uses: Mapping[str, str]) -> None:

@@ -69,7 +69,7 @@ def joined(pieces: Sequence[Tensor | None], placement: Placement) -> Tensor | No
         sizes = [stop - start for start, stop in split(whole.shape[placement.dim], len(shards))]
         return whole if [shard.shape[placement.dim] for shard in shards] == sizes else None
     assert isinstance(placement, Partial)
-    if any(shard.shape != shards[0].shape or shard.dtype == torch.bool for shard in shards):
+    if any(shard.shape != shards[0].shape or shard.dtype == torch.bool or shard.is_complex() for shard in shards):
         return None
     stack = torch.stack(list(shards))
     if placement.op == "sum":

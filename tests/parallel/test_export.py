@@ -118,3 +118,6 @@ def test_what_megatron_does_not_know_is_refused() -> None:
         megatron_flags(follow({}))
     with pytest.raises(Unsupported, match=r"axis axis0 (is neither|splits)"):
         megatron_flags(execute_programs.drawn([2], 3))
+    uneven = planner.plan(example("mlp", batch=128, hidden=1022).capture(), Mesh.of(x=4))
+    with pytest.raises(Unsupported, match=r"axis x of 4 splits dimension 0 of up\.weight, .* into uneven parts"):
+        megatron_flags(uneven)
