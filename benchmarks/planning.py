@@ -1,25 +1,42 @@
 """How long capturing and planning take, and how much memory: Llama-3 8B with 32 layers, and the same with 80, on 2x4.
 
-python -m benchmarks.planning [--layers 32 80] [--mesh 2x4]
+python -m benchmarks.planning [--layers 32 --layers 80] [--mesh 2x4]
+python -m benchmarks.planning --gaps      # a GPT of two layers on meshes and within memories: what is proven, how fast
 """
 
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from benchmarks.figures import table, write_json
 from launch.plan_request import mesh_of
 from parallel.models.examples import example
-from parallel.planner import plan
+from parallel.planner import NoPlan, plan
+from parallel.solver import Unsolved
+
+CASES: tuple[tuple[str, float | None], ...] = (
+    ("4", None),
+    ("4", 1e6),
+    ("4", 8e5),
+    ("2x4", None),
+    ("2x4", 9e5),
+    ("2x4", 7e5),
+)
+"""Meshes, and bytes that a rank may hold."""
 
 
 @click.command()
 @click.option("--layers", "counts", type=click.IntRange(1), multiple=True, default=(32, 80), show_default=True)
 @click.option("--mesh", default="2x4", show_default=True)
+@click.option("--gaps", is_flag=True, help="Plans of a small GPT within memory limits instead.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-def main(counts: tuple[int, ...], mesh: str, json_file: Path | None) -> None:
+def main(counts: tuple[int, ...], mesh: str, gaps: bool, json_file: Path | None) -> None:
+    if gaps:
+        write_json(json_file, {"gaps": _gaps()})
+        return
     rows = []
     for layers in counts:
         began, worked = time.perf_counter(), time.process_time()
@@ -54,6 +71,38 @@ def main(counts: tuple[int, ...], mesh: str, json_file: Path | None) -> None:
     ]
     print(table(heads, lines))
     write_json(json_file, {"mesh": mesh, "rows": rows})
+
+
+def _gaps() -> list[dict[str, Any]]:
+    """Plan for each case; print and return what is proven."""
+    step, rows = example("gpt", 8).capture(), list[dict[str, Any]]()
+    for mesh, memory in CASES:
+        began = time.process_time()
+        try:
+            figures = plan(step, mesh_of(mesh), memory).figures
+        except (NoPlan, Unsolved):
+            figures = None
+        rows.append(
+            {
+                "mesh": mesh,
+                "memory": memory,
+                "time": figures.time if figures else None,
+                "gap": figures.gap if figures else None,
+                "processor_s": time.process_time() - began,
+            }
+        )
+    lines = [
+        [
+            row["mesh"],
+            f"{row['memory'] / 1e3:.0f} kB" if row["memory"] else "-",
+            f"{1e3 * row['time']:.3f} ms" if row["time"] else "none found",
+            f"{row['gap']:.2%}" if row["time"] else "",
+            f"{row['processor_s']:.1f} s",
+        ]
+        for row in rows
+    ]
+    print(table(["mesh", "memory", "plan", "gap", "processor"], lines))
+    return rows
 
 
 if __name__ == "__main__":
