@@ -3,7 +3,16 @@
 from collectives.membership.claims import Claims, digest_of, disputes, group_name, lane_of
 from collectives.membership.decisions import part_of
 from collectives.membership.frontiers import frontiers
-from collectives.membership.protocol import Beat, Decision, LaneReport, LaneStatus, Prepare, Report, Verdict
+from collectives.membership.protocol import (
+    Beat,
+    Decision,
+    LaneReport,
+    LaneStatus,
+    Prepare,
+    Report,
+    Verdict,
+    VerdictKind,
+)
 from tests.membership.desk import Desk
 
 LOW, HIGH = lane_of("tp", (1, 2), "main"), lane_of("tp", (1, 2, 3), "main")
@@ -52,10 +61,12 @@ def test_a_dispute_that_has_ended_is_none_but_a_third_opinion_is() -> None:
 
 
 def test_a_lane_whose_operation_crossed_another_may_be_disputed_still() -> None:
-    claims = Claims()
-    claims.settle([Verdict(LOW, 1, "crossed", "why")])
-    assert not claims.disputed([status(HIGH, (1, 2, 3), "idle")])
-    assert claims.disputed([status(LOW, (1, 2))])
+    kinds: tuple[VerdictKind, ...] = ("crossed", "lost", "mismatch")
+    for kind in kinds:
+        claims = Claims()
+        claims.settle([Verdict(LOW, 1, kind, "why")])
+        assert not claims.disputed([status(HIGH, (1, 2, 3), "idle")])
+        assert claims.disputed([status(LOW, (1, 2))])
 
 
 def test_all_lanes_by_that_name_end_behind_what_is_complete() -> None:

@@ -177,3 +177,14 @@ def test_of_two_links_that_fail_again_the_first_is_judged() -> None:
         made.link_down(1, 2, 100.0)
         remedy = made.judge({}, 99.0, 110.0)
     assert remedy == Remedy((2,), "its links to [1] failed twice")
+
+
+def test_times_are_differences_however_young_the_clock_is() -> None:
+    made = complaints()
+    made.link_down(1, 2, 1.0)
+    assert made.judge({1: {}, 2: {}}, 0.5, 3.0) == Remedy()
+    desk = Desk(now=1.0)
+    desk.found(1, 2)
+    for _ in range(10):
+        desk.tick(1.0)
+    assert desk.core.members == (1, 2)

@@ -406,8 +406,10 @@ def test_errors_tell_the_survivors(core: Member) -> None:
 def test_nothing_is_complete_that_was_not_staged(core: Member) -> None:
     seq = core.enter("main", "all_reduce")
     assert not core.complete("main", seq, 1)
+    assert not core.stage("main", seq, 2)
     assert core.stage("main", seq, 1)
     assert not core.complete("main", seq + 1, 1)
+    assert not core.complete("main", seq - 1, 1)
     assert core.complete("main", seq, 1)
     assert not core.complete("main", seq, 1)
 
@@ -425,3 +427,24 @@ def test_what_is_under_way_is_not_left(core: Member) -> None:
     core.enter("main", "all_reduce")
     (row,) = fence(core, 2).lanes.values()
     assert (row.entered, row.left) == (4, 3)
+
+
+def test_a_decision_answers_all_that_was_asked_but_a_farewell(core: Member) -> None:
+    core.complain(Differs(1, "main", 1, "a", "b", 2, False))
+    core.link_down(1, 2)
+    core.leave("why")
+    core.on_decision(decide(2, [1, 2]))
+    assert list(core.outstanding) == ["leave"]
+
+
+def test_every_verdict_of_a_decision_counts(core: Member) -> None:
+    seq = core.enter("main", "all_reduce")
+    core.lanes["main"].waiting_for = 2
+    core.on_decision(
+        decide(2, [1, 2], verdicts=[Verdict("g", 1, "disputed", "so"), Verdict("main", seq, "lost", "so")])
+    )
+    assert isinstance(core.verdict("main", seq), MemberLost)
+    with pytest.raises(DescriptorMismatch):
+        core.enter("g", "all_reduce")
+    core.exit("main", seq)
+    assert core.lanes["main"].waiting_for == 0

@@ -92,3 +92,9 @@ def test_under_way() -> None:
 def test_a_link_is_silent_whichever_end_waits() -> None:
     rows = {1: {"main": row(2, waiting_for=3)}, 3: {"main": row(2, waiting_for=1)}}
     assert silent_links(rows, "main", 2) == [(1, 3), (3, 1)]
+
+
+def test_who_confirms_in_another_lane_waits_there() -> None:
+    side = row(5, "confirming", lane="side")
+    rows = {1: [row(2)], 2: [row(1, "idle"), side], 3: [row(1, "idle"), row(4, "idle", lane="side")]}
+    assert judge(rows) == Judgement(absent=(3,))
