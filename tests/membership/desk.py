@@ -34,8 +34,8 @@ def secret_of(name: int) -> bytes:
 def row(
     seq: int, phase: str = "waiting", waiting_for: int = 0, lane: str = "main", seconds: float = 60.0
 ) -> LaneStatus:
-    """A lane in a heartbeat."""
-    return LaneStatus(lane, seq, "all_reduce", phase, waiting_for, seconds)
+    """A lane in a heartbeat; what was decoded is equal to a constant of the program, and not the same object."""
+    return LaneStatus(lane, seq, "all_reduce", "".join([*phase]), waiting_for, seconds)
 
 
 def report_of(complete: int, staged: int = 0, epoch: int = 1, entered: int = 0, left: int = -1) -> LaneReport:

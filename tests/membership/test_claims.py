@@ -19,8 +19,8 @@ LOW, HIGH = lane_of("tp", (1, 2), "main"), lane_of("tp", (1, 2, 3), "main")
 
 
 def status(lane: str, group: tuple[int, ...], phase: str = "waiting", seq: int = 1) -> LaneStatus:
-    """A sub-group's lane in a heartbeat."""
-    return LaneStatus(lane, seq, "all_reduce", phase, 0, 0.1, group)
+    """A sub-group's lane in a heartbeat, as decoded."""
+    return LaneStatus(lane, seq, "all_reduce", "".join([*phase]), 0, 0.1, group)
 
 
 def report(complete: int, left: int, group: tuple[int, ...]) -> LaneReport:
