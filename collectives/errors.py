@@ -98,9 +98,13 @@ class StateDiverged(RingholdError):
 
 
 class StateLost(RingholdError):
-    """No member is left that holds a state worth giving."""
+    """No member is left that holds a state worth giving, or the part of it under `keys`."""
 
     exit_code = 3
+
+    def __init__(self, message: str, keys: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
 
 
 class CorruptChunk(RingholdError):

@@ -5,7 +5,8 @@ that a SIGKILL costs at most the end of the last line. `verify` trusts nothing b
 run's seed what each step had to use and holds every line against it and against the other members' lines.
 
 The lines, in order: `start` (once), then for each step one `samples` an attempt, written before the first byte of the
-attempt's gradients leaves, and `commit` once the attempt was everybody's; `done` at the end of a member that finished.
+attempt's gradients leaves, and `commit` once the attempt was everybody's; `back` where the members take up a checkpoint
+because state was lost with one of them; `done` at the end of a member that finished.
 """
 
 import os
@@ -64,6 +65,13 @@ class Commit(
     hash: str = ""
 
 
+class Back(msgspec.Struct, frozen=True, tag_field="event", tag="back", forbid_unknown_fields=True):
+    """The member goes on from the state before `step`, in `epoch`: what was committed of later steps before is void."""
+
+    step: int
+    epoch: int
+
+
 class Done(msgspec.Struct, frozen=True, tag_field="event", tag="done", forbid_unknown_fields=True):
     """The member ended in order after `step` steps with a state of this hash."""
 
@@ -71,7 +79,7 @@ class Done(msgspec.Struct, frozen=True, tag_field="event", tag="done", forbid_un
     hash: str
 
 
-Line: TypeAlias = Start | Samples | Commit | Done
+Line: TypeAlias = Start | Samples | Commit | Back | Done
 _decoder = msgspec.json.Decoder(Line)
 
 
@@ -116,6 +124,8 @@ class LedgerReport:
     """Membership epochs in which steps were committed."""
     repeated: int
     """Attempts that lost a member and were repeated."""
+    withdrawn: int
+    """Committed steps that were lost with a member's state, and taken again from a checkpoint."""
     samples: int
     """Samples that committed steps used."""
     complete: bool
@@ -159,6 +169,9 @@ class _Member:
     start: Start
     samples: dict[tuple[int, int], Samples] = field(default_factory=dict)
     commits: dict[int, Commit] = field(default_factory=dict)
+    backs: list[Back] = field(default_factory=list)
+    void: set[tuple[int, int]] = field(default_factory=set)
+    """Step and epoch of what it committed before it went back."""
     done: Done | None = None
     next_step: int = 0
     """The step that the file's last line is about, or the one after if it committed it."""
@@ -200,6 +213,8 @@ class _Check:
             own.done = line
             if line.step != own.next_step:
                 self.problems.append(f"{where}: member {member} was done at step {line.step} but is at {own.next_step}")
+        elif isinstance(line, Back):
+            self._go_back(own, line, where)
         elif line.step != own.next_step:
             self.problems.append(
                 f"{where} is about step {line.step} where step {own.next_step} is due: a step is missing"
@@ -215,12 +230,30 @@ class _Check:
             own.next_step += 1
             own.next_attempt = 0
 
-    def report(self) -> LedgerReport:
-        """Check all that concerns several members and return the outcome."""
+    def _go_back(self, own: _Member, line: Back, where: str) -> None:
+        """What the file says of later steps is void; they follow once more."""
+        if not own.start.step <= line.step <= own.next_step:
+            self.problems.append(f"{where} goes back to step {line.step} from {own.next_step}")
+            return
+        own.void |= {(step, commit.epoch) for step, commit in own.commits.items() if step >= line.step}
+        own.commits = {step: commit for step, commit in own.commits.items() if step < line.step}
+        own.samples = {at: samples for at, samples in own.samples.items() if at[0] < line.step}
+        own.next_step, own.next_attempt = line.step, 0
+        own.backs.append(line)
+
+    def _standing(self) -> dict[int, dict[int, Commit]]:
+        """What members committed, by step, without what the others went back behind when a member was lost."""
+        backs = {back for own in self.members.values() for back in own.backs}
         commits: dict[int, dict[int, Commit]] = defaultdict(dict)
         for member, own in self.members.items():
             for step, commit in own.commits.items():
-                commits[step][member] = commit
+                if not any(step >= back.step and commit.epoch < back.epoch for back in backs):
+                    commits[step][member] = commit
+        return commits
+
+    def report(self) -> LedgerReport:
+        """Check all that concerns several members and return the outcome."""
+        commits = self._standing()
         first = min((own.start.step for own in self.members.values()), default=0)
         plans = {own.start.plan for own in self.members.values()}
         if len(plans) > 1:
@@ -237,6 +270,7 @@ class _Check:
             losses=tuple(agreed[step].loss for step in sorted(agreed)),
             epochs=len({commit.epoch for commit in agreed.values()}),
             repeated=sum(commit.attempt for commit in agreed.values()),
+            withdrawn=len({void for own in self.members.values() for void in own.void}),
             samples=sum(map(len, samples.values())),
             complete=any(own.done is not None for own in self.members.values()),
             hash=ending,

@@ -21,7 +21,7 @@ class Narrator:
     def __init__(self) -> None:
         self._epoch = 0
         self._evaluated_at = self._saved_at = 0
-        self._carried_in = 0
+        self._carried_in = self._reloaded_in = 0
         self._members: dict[int, str] = {}
 
     def tell(self, entry: Entry) -> str | None:
@@ -49,6 +49,8 @@ class Narrator:
                 return self._saved(entry)
             case "carried":
                 return self._carried(entry)
+            case "reloaded":
+                return self._reloaded(entry)
             case "event":
                 return self._event(entry)
             case "error":
@@ -81,6 +83,16 @@ class Narrator:
         copies = entry["copies"]
         whence = f", {copies} of them from second copies of what was lost" if copies else ""
         return f"step {entry['step']}: {entry['tensors']} tensors of state come from the survivors' memory{whence}"
+
+    def _reloaded(self, entry: Entry) -> str | None:
+        """Where the state of a planned run came from, when nobody who is left had all of it."""
+        if entry["epoch"] <= self._reloaded_in:
+            return None
+        self._reloaded_in = entry["epoch"]
+        return (
+            f"step {entry['was']}: {entry['lost']} tensors of state are lost with who held them; all go on from the "
+            f"checkpoint of step {entry['step']} in {entry['url']}"
+        )
 
     def _event(self, entry: Entry) -> str | None:
         if entry["event"] == "evicted":

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from collectives.errors import StateLost, UsageError
 from collectives.state import state_hash
+from launch import checkpoints
 from launch.config import JobConfig
 from launch.job import Membership, PeerResult
-from launch.ledger import Commit, Samples
+from launch.ledger import Back, Commit, Samples
 from launch.trainer import Trainer
 from parallel.capturing import capture
 from parallel.clipping import clipped
@@ -32,8 +33,13 @@ class PlannedMembership(Membership):
     """One membership of a peer that trains by plan, from joining to its end. Nobody is admitted meanwhile."""
 
     _training: Training
+    _planner: Planner
     _current: int
     """Step whose state the trainer's own tensors hold."""
+    _first: int
+    """Step at which this member came in."""
+    _saved = -1
+    """Step of the last checkpoint that this member knows to be there; -1: none of this run."""
 
     def run(self) -> PeerResult | None:
         """Train to the end."""
@@ -41,18 +47,57 @@ class PlannedMembership(Membership):
         self.report("joined", rank=comm.rank, size=comm.size, epoch=comm.epoch, founder=comm.founder)
         try:
             graph = captured(self.config, trainer)  # before the sync: members wait for each other there
-            planner = planner_of(self.config, graph)
-            planner(comm.size)
+            self._planner = planner_of(self.config, graph)
+            self._planner(comm.size)
             self._begin()
-            self._training = Training(comm, planner, state_of(trainer), self.config.redundancy)
-            self._current = trainer.step
-            while trainer.step < self.config.steps:
-                self._step()
-                self._checkpoint()
-            self._gather()
+            self._first = trainer.step
+            self._found()
+            self._train()
             return self._end()
         finally:
             self.ledger.close()
+
+    def _found(self) -> None:
+        """Share out the state, of which every member has all."""
+        self._training = Training(self.comm, self._planner, state_of(self.trainer), self.config.redundancy)
+        self._current = self.trainer.step
+
+    def _train(self) -> None:
+        """Take all steps; at the end every member has the whole state."""
+        while True:
+            try:
+                while self.trainer.step < self.config.steps:
+                    self._step()
+                    self._checkpoint()
+                self._gather()
+            except StateLost as error:
+                self._go_back(error)
+            else:
+                return
+
+    def _go_back(self, error: StateLost) -> None:
+        """Go on from the last checkpoint, since nobody who is left has all of the state; all survivors call it.
+
+        Raises:
+            StateLost: this run has none.
+
+        """
+        store, trainer, was = self.config.checkpoint, self.trainer, self.trainer.step
+        while True:
+            with self.comm.step() as guard:
+                oldest = self.comm.all_reduce(torch.tensor([self._saved]), "min").result
+            if guard.committed:
+                break
+        assert oldest is not None
+        self._saved = int(oldest)
+        if self._saved < 0:
+            way = f"{store} has no checkpoint of this run yet" if store else "--checkpoint STORE would have saved some"
+            raise StateLost(f"{error}: {way}") from None
+        trainer.absorb(checkpoints.load(f"{store}@{self._saved}"))
+        del self.losses[trainer.step - self._first :]
+        self.ledger.write(Back(trainer.step, self.comm.epoch))
+        self._found()
+        self.report("reloaded", step=trainer.step, was=was, url=store, lost=len(error.keys), epoch=self.comm.epoch)
 
     def _step(self) -> None:
         """Repeat one step until it counts for everybody."""
@@ -82,22 +127,18 @@ class PlannedMembership(Membership):
             self.comm.barrier()  # a plan that sends nothing would not notice who is gone
 
     def _attempted(self, given: Mapping[str, Tensor]) -> Results | None:
-        try:
-            results = self._training.attempt(given)
-            if results is None:
-                tensors, copies = len(self._training.plan.graph.changed), len(self._training.from_copies)
-                self.report("carried", step=self.trainer.step, epoch=self.comm.epoch, tensors=tensors, copies=copies)
-            return results
-        except StateLost as error:
-            store = self.config.checkpoint
-            way = f"--resume {store} goes on from there" if store else "--checkpoint STORE would have saved one"
-            raise StateLost(f"{error}: {way}") from None
+        results = self._training.attempt(given)
+        if results is None:
+            tensors, copies = len(self._training.plan.graph.changed), len(self._training.from_copies)
+            self.report("carried", step=self.trainer.step, epoch=self.comm.epoch, tensors=tensors, copies=copies)
+        return results
 
     def _checkpoint(self) -> None:
         """Save the state, if it is time to. The store's files are those of any job: a resume need not be planned."""
         if self._saves(self.trainer.step):
             self._gather()
             super()._checkpoint()
+            self._saved = self.trainer.step
 
     def _given(self, step: int) -> dict[str, Tensor]:
         """The whole batch of a step and its learning rate."""

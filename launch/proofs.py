@@ -59,6 +59,8 @@ def _ledger(report: ledger.LedgerReport, config: JobConfig) -> Check:
         f"each of {report.samples} samples of {report.steps} steps was used exactly once, by {report.members} members "
         f"in {report.epochs} epochs; {report.repeated} attempts repeated"
     )
+    if report.withdrawn:
+        detail += f"; {report.withdrawn} steps were lost with a member's state and taken again from a checkpoint"
     return Check("ledger", True, detail)
 
 

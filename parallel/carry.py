@@ -185,7 +185,8 @@ def _refuse_if_lost(sources: Mapping[str, tuple[Piece, ...]]) -> None:
         listing = ", ".join(told[:_MOST_TOLD]) + more
         raise StateLost(
             f"only members that are gone held parts of {listing}; read the last checkpoint, or keep second copies "
-            "(redundancy 1) to carry such state over in memory"
+            "(redundancy 1) to carry such state over in memory",
+            tuple(sorted(lost)),
         )
 
 

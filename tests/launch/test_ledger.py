@@ -9,7 +9,7 @@ import pytest
 
 from collectives.errors import UsageError
 from launch.data import Plan
-from launch.ledger import PEERS, Commit, Done, Ledger, LedgerReport, Line, Samples, Start, verify
+from launch.ledger import PEERS, Back, Commit, Done, Ledger, LedgerReport, Line, Samples, Start, verify
 
 PLAN = Plan(windows=7, batch=4, seed=5)
 
@@ -65,6 +65,7 @@ def test_an_honest_run_with_losses_and_a_joiner_is_proven(out: Path) -> None:
         losses=(5.0, 4.99, 4.98, 4.97, 4.96, 4.95),
         epochs=6,
         repeated=2,
+        withdrawn=0,
         samples=24,
         complete=True,
         hash="f00d",
@@ -297,3 +298,40 @@ def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
     problems = verify(tmp_path).problems
     assert len(problems) == 21
     assert problems[-1] == "and 20 more"
+
+
+def write_return(out: Path, *, told: tuple[int, ...] = (1, 3)) -> None:
+    """Steps 0 to 3 of three members; member 2 is lost, and the others take up the state before step 2."""
+    ledgers = {member: Ledger(out, member) for member in (1, 2, 3)}
+    for member, file in ledgers.items():
+        file.write(Start(member, 0, PLAN.windows, PLAN.batch, PLAN.seed))
+    for step, epoch, members in [(s, 10, (1, 2, 3)) for s in range(4)] + [(s, 11, (1, 3)) for s in range(2, 5)]:
+        for rank, member in enumerate(members):
+            if (step, epoch) == (2, 11) and member in told:
+                ledgers[member].write(Back(step, epoch))
+            ledgers[member].write(Samples(step, 0, epoch, tuple(PLAN.share(step, rank, len(members)))))
+            ledgers[member].write(Commit(step, 0, epoch, members, 5.0 - step / 100))
+    for member in (1, 3):
+        ledgers[member].write(Done(5, "f00d"))
+    for file in ledgers.values():
+        file.close()
+
+
+def test_steps_that_are_taken_again_from_a_checkpoint_count_once(tmp_path: Path) -> None:
+    write_return(tmp_path)
+    report = verify(tmp_path)
+    assert report.ok, report.problems
+    assert (report.steps, report.withdrawn, report.epochs) == (5, 2, 2)
+    assert report.samples == 5 * PLAN.batch
+
+
+def test_who_takes_steps_again_without_a_word_is_found_out(tmp_path: Path) -> None:
+    write_return(tmp_path, told=(1,))
+    assert any("step 2 where step 4 is due" in problem for problem in verify(tmp_path).problems)
+
+
+def test_nobody_goes_back_to_where_it_never_was(out: Path) -> None:
+    with (out / PEERS / "3.jsonl").open("ab") as file:
+        file.write(msgspec.json.encode(Back(99, 99)) + b"\n")
+    drop_lines(out, 3, lambda line: isinstance(line, Done))
+    assert any("goes back to step 99" in problem for problem in verify(out).problems)

@@ -44,6 +44,26 @@ def test_a_planned_run_outlives_a_death_with_the_numbers_of_one_process(tmp_path
     assert state_hash(trainer.state()) in summary["hashes"].values()
 
 
+def test_what_was_lost_with_a_member_comes_from_the_last_checkpoint(tmp_path: Path) -> None:
+    out, store = tmp_path / "run", tmp_path / "store"
+    sizes = ("--preset", "1m", "--batch", "8", "--context", "32", "--peers", "2", "--steps", "5", "--dtype", "fp64")
+    sharded = ("--plan", "auto", "--pin", "blocks.0.mlp_in.weight=S(0)")
+    saving = ("--checkpoint", str(store), "--checkpoint-every", "3")
+    popen = start(out, *sizes, *sharded, *saving, "--churn", "kill@4:1", "--reference", "--json")
+    code, text, err = finish(popen, timeout=200.0)
+    assert code == 0, text + err
+    summary = json.loads(text)
+    assert [fault["fault"] for fault in summary["faults"]] == ["kill"]
+    told = [line for line in (out / "run.jsonl").read_text().splitlines() if '"reloaded"' in line]
+    assert len(told) == 1
+    entry = json.loads(told[0])
+    assert (entry["step"], entry["was"] > 3 and entry["lost"] > 0, entry["url"]) == (3, True, str(store))
+    assert "all go on from the checkpoint of step 3" in str(Narrator().tell(entry))
+    checks = {check["name"]: check for check in summary["checks"]}
+    assert "taken again from a checkpoint" in checks["ledger"]["detail"]
+    assert "5 losses within" in checks["reference"]["detail"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
