@@ -210,9 +210,10 @@ def test_a_killed_peer_of_a_launch_is_brought_back(tmp_path: Path) -> None:
 
 
 SUPERVISE = """
-import sys, json, os
+import sys, json, os, signal
 from pathlib import Path
 from launch.supervisor import Spec, Supervisor
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 out, toy, misdeed = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def tell(entry):
     print(json.dumps(entry), flush=True)
