@@ -21,8 +21,8 @@ from scipy.sparse import csr_array
 from parallel.cost import Costs
 from parallel.flows import LOSS, Edge, Flows
 from parallel.folding import Classes
-from parallel.graph import Graph, Input, Value
-from parallel.layout import Partial
+from parallel.graph import Graph, Input, Node, Value
+from parallel.layout import Partial, Split
 from parallel.options import Options
 from parallel.plans import Option, Placements, Sharding
 from parallel.units import Joint, unite
@@ -32,10 +32,11 @@ Pair = tuple[Placements, Placements]
 Terms = Mapping[int, float]
 """Coefficients of variables, by their numbers."""
 
-LAUNCH_TIE, MEMORY_TIE, PARTIAL_TIE = 1e-8, 1e-7, 1e-10
-"""What a launch, holding every tensor whole instead of none, and a result of partial values are worth where times are
-equal, as shares of the time that all operations need: ties are broken by the number of launches, then by memory, then
-for adding up early: a gradient is reduced rather than the parameter that it has changed."""
+LAUNCH_TIE, MEMORY_TIE, PARTIAL_TIE, STRIDED_TIE = 1e-8, 1e-7, 1e-10, 2e-11
+"""What a launch, holding every tensor whole instead of none, a result of partial values, and one whose shard does not
+lie in one piece are worth where times are equal, as shares of the time that all operations need: ties are broken by the
+number of launches, then by memory, then for adding up early (a gradient is reduced rather than the parameter that it
+has changed), then for what is sent without packing it."""
 _ALONE = 45_000
 """Changes of placement below which each operation is chosen for by itself."""
 
@@ -195,6 +196,7 @@ class Program:
         if (kind, option) not in self._prices:
             tie = MEMORY_TIE * self.least * _held(self.classes, self.costs, kind, option) / self._whole
             tie += PARTIAL_TIE * self.least * self.classes.count[kind] * _partial(option)
+            tie += STRIDED_TIE * self.least * self.classes.count[kind] * _strided(self.classes.first[kind], option)
             self._prices[kind, option] = price(self.classes, self.costs, kind, option) + tie
         return self._prices[kind, option]
 
@@ -251,6 +253,17 @@ def _partial(option: Option) -> int:
     """How many results an option leaves partial."""
     made = option.outputs if isinstance(option, Sharding) else ()
     return sum(any(isinstance(placement, Partial) for placement in placed) for placed in made)
+
+
+def _strided(member: Node | Input, option: Option) -> int:
+    """How many results an option splits along another dimension than the first that has more than one element."""
+    if isinstance(member, Input) or not isinstance(option, Sharding):
+        return 0
+    return sum(
+        isinstance(placement, Split) and any(extent > 1 for extent in value.shape[: placement.dim])
+        for value, placed in zip(member.outputs, option.outputs, strict=True)
+        for placement in placed
+    )
 
 
 def cheapest(options: Options, classes: Classes, costs: Costs) -> float:
