@@ -64,13 +64,11 @@ SCHEMES = ("ring", "bidirectional", "token_ring", "token_ring_relay", "hybrid", 
 )
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="Timed rounds; the best counts.")
 @click.option("--data", multiple=True, type=click.Path(), help="Text files.  [default: Python's own text]")
-@click.option(
-    "--trace", "trace_to", type=click.Path(dir_okay=False, path_type=Path), help="Write a trace for Perfetto."
-)
+@click.option("--trace", "trace_to", type=console.OutputFile(), help="Write a trace for Perfetto.")
 @click.option(
     "--svg",
     "svg_to",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=console.OutputFile(),
     help="Draw computing and transfers (of the last scheme).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a scheme.")

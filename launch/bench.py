@@ -69,7 +69,7 @@ _CALIBRATION_SIZES = (4096, 32768, 262144, 2097152, 8388608)
     metavar="FILE",
     help="Write one JSON object a row; - for stdout, without the table.",
 )
-@click.option("--plot", "plot_to", type=click.Path(dir_okay=False, path_type=Path), help="Draw time over size (SVG).")
+@click.option("--plot", "plot_to", type=console.OutputFile(), help="Draw time over size (SVG).")
 @click.option("--calibrate", is_flag=True, help="Fit the cost model to this machine; --json is the profile.")
 def command(collective: str | None, **given: Any) -> int:
     """Measure a collective as nccl-tests does, against gloo and MPI, and check its values.

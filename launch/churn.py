@@ -47,7 +47,7 @@ _MOST = 64
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of log and evidence.  [default: none is kept]",
 )
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
+@click.option("--json", "json_file", type=console.OutputFile(), help="Write the figures there.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
     peers: str,
@@ -80,7 +80,6 @@ def command(
     """
     from launch.churn_cases import KINDS_OF_OPERATIONS
 
-    console.require_writable(json_file, "--json")
     least, most = _range(peers, "--peers")
     shortest, longest = _range(every, "--every")
     if not _LEAST <= least <= most <= _MOST or least != int(least) or most != int(most):

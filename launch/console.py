@@ -31,6 +31,19 @@ class Finite(click.FloatRange):
         return number
 
 
+class OutputFile(click.Path):
+    """A file that an option names for what the command finds; `require_writable` at once."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        require_writable(path, param.opts[-1] if param is not None else "file")
+        return path
+
+
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: the value it returns (None: 0), or the code of the error that ended it.
 
@@ -76,15 +89,13 @@ def terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def require_writable(path: Path | None, option: str) -> None:
+def require_writable(path: Path, option: str) -> None:
     """Raise `UsageError` unless a file can be written there: now, rather than when there is something to write."""
-    if path is None:
-        return
     try:
         made = not path.exists()
         path.open("ab").close()
         if made:
-            path.unlink()
+            path.unlink(missing_ok=True)  # ranks of a launcher all do this
     except OSError as error:
         raise UsageError(f"{option}: cannot write {path}: {error.strerror}; name another file") from None
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from collectives.errors import UsageError
+from launch import console
 from launch.bench_request import parse_size
-from launch.console import told
 from launch.scale_options import model_options
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--profile", type=click.Path(path_type=Path), help="What `ringhold bench --calibrate --json` saved.")
 @click.option("--top", type=click.IntRange(1), help="Show so many of the best plans.")
 @click.option("--explain", is_flag=True, help="Also compare with data and tensor parallelism alone.")
-@click.option("--html", type=click.Path(path_type=Path), help="Draw the sharded graph in a page of its own.")
+@click.option("--html", type=console.OutputFile(), help="Draw the sharded graph in a page of its own.")
 @click.option("--untied", is_flag=True, help="Plan equal layers each by itself (slow).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(**given: Any) -> None:
@@ -68,7 +68,7 @@ def command(**given: Any) -> None:
         raise UsageError("--devices is for --config; say the ranks of --example and --step by --mesh")
     if given["precision"] is not None:
         raise UsageError("--precision is for --config; the dtypes of --example and --step are those of their tensors")
-    with told():
+    with console.told():
         _plan_step(given, memory)
 
 

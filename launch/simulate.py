@@ -13,7 +13,7 @@ from collectives.errors import UsageError
 from collectives.simulate import SEGMENT_BYTES, Timing, simulate
 from collectives.topology import Topology
 from collectives.topology_file import load
-from launch import units
+from launch import console, units
 from launch.bench_request import parse_size
 from launch.chart import line_chart
 from launch.display import print_table
@@ -33,7 +33,7 @@ _SIZES = 8
 @click.option("--segment", default=str(SEGMENT_BYTES), show_default=True, help="Bytes that are sent on at a time.")
 @click.option("--reduce-rate", default=None, help="Bytes a second that a rank reduces.  [default: no limit]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the times over the sizes, as SVG.")
+@click.option("--plot", type=console.OutputFile(), help="Draw the times over the sizes, as SVG.")
 def command(
     kind: str,
     path: Path,

@@ -260,3 +260,21 @@ def test_a_file_that_could_not_be_written_is_refused_before_there_is_something_t
     for path in (tmp_path, tmp_path / "missing" / "file"):
         with pytest.raises(UsageError, match="--json: cannot write"):
             console.require_writable(path, "--json")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--example", "mlp", "--html"],
+        ["attention", "--trace"],
+        ["attention", "--svg"],
+        ["bench", "all_reduce", "--plot"],
+        ["simulate", "all_reduce", "--topology", "none.json", "--plot"],
+        ["churn", "--json"],
+    ],
+)
+def test_commands_refuse_such_a_file_before_they_begin(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console.run(ringhold, [*words, str(tmp_path / "missing" / "file")]) == 2
+    assert f"{words[-1]}: cannot write" in capsys.readouterr().err
