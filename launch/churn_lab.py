@@ -126,8 +126,7 @@ class Lab:
 
     def _victim(self, blow: Blow) -> Guest | None:
         """Choose somebody who works; of those with the state there must be another one left."""
-        able = [guest for guest in self._guests.values() if guest.working and not guest.suffers]
-        able = [guest for guest in able if not self._crew.spares(guest.peer)]
+        able = [guest for guest in self._guests.values() if guest.well and not self._crew.spares(guest.peer)]
         healed = [guest for guest in able if guest.member in self.audit.healed]
         lethal = blow.kind != "slow"
         fewer = blow.kind in ("kill", "leave") and len(self._guests) < self._request.least
@@ -247,7 +246,7 @@ class Lab:
         """Note that a member was struck, and follow how the others get over it."""
         audit = self.audit
         audit.struck(victim.peer.name)
-        survivors = {g.peer.name for g in self._guests.values() if g.working and not g.suffers and g is not victim}
+        survivors = {g.peer.name for g in self._guests.values() if g.well and g is not victim}
         strike = Strike(len(audit.strikes), blow.kind, "", victim.peer.name, victim.member, survivors)
         strike.time = when or time.time()
         strike.point = f"{blow.phase} {blow.aim.point}" if blow.aim else blow.phase
@@ -401,7 +400,7 @@ class Lab:
         """Take what there is, run the timers that are due, and look whether everybody moves."""
         if self._timers:
             timeout = max(0.0, min(timeout, self._timers[0][0] - time.monotonic()))
-        self._crew.tend([guest.peer for guest in self._guests.values() if guest.working and not guest.suffers])
+        self._crew.tend([guest.peer for guest in self._guests.values() if guest.well])
         for peer, message in self._crew.receive(min(timeout, 0.05)):
             self.audit.hear(peer.name, message)
             self._hear(self._guests[peer.name], message)

@@ -43,8 +43,6 @@ STATE_BYTES = 3 << 20
 _KEPT = 4096
 """Weights that a checkpoint keeps: enough for some chunks, few enough for an hour of checkpoints."""
 _SLOT = 257
-
-
 _LINKS = 100
 """Members of whom a member tells how many bytes it has sent them: a message has a limit."""
 

@@ -57,6 +57,11 @@ class Guest:
     moved: int = -1
     moved_at: float = field(default_factory=time.monotonic)
 
+    @property
+    def well(self) -> bool:
+        """Whether it works, and is under no fault."""
+        return self.working and not self.suffers
+
 
 def evidence(crew: Crew, folder: Path) -> str:
     """Stacks of the peers that are there, what the coordinator knows, and the end of the logs; kept in `folder`."""

@@ -153,11 +153,11 @@ def only_in_copies(
 ) -> tuple[str, ...]:
     """The tensors of which no survivor has some part but as a second copy. Arguments are those of `carry`."""
     now = {member: rank for rank, member in enumerate(comm.members)}
-    lacking = {
-        name: [piece for piece in _left(layout, None, shapes[name], members, now) if not piece.terms[0]]
+    return tuple(
+        name
         for name, layout in before.items()
-    }
-    return tuple(name for name, pieces_ in lacking.items() if pieces_)
+        if not all(piece.terms[0] for piece in _left(layout, None, shapes[name], members, now))
+    )
 
 
 def _left(
